@@ -1,0 +1,33 @@
+"The notebooks under nbs/ and what the tests ask about them."
+import ast, re
+from pathlib import Path
+
+import nbformat
+
+root = Path(__file__).resolve().parent.parent
+paths = sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+library = [p for p in paths if p.name[0].isdigit()]
+runs = [p for p in paths if not p.name[0].isdigit() and p.stem != "index"]
+
+
+def number(path):
+    "Place of a library notebook in the book: `43a_embed.hf` -> (43, 'a')."
+    digits, letter = re.match(r"(\d+)([a-z]*)", path.stem).groups()
+    return int(digits), letter
+
+
+def cells(path, kind="code"):
+    "The cells of one kind, in order."
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def module(path):
+    "Full name of the module that a library notebook exports, or None."
+    found = [re.search(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.MULTILINE) for cell in cells(path)]
+    names = [m[1] for m in found if m]
+    return f"digiq.{names[0]}".removesuffix(".__init__") if names else None
+
+
+def tree(cell):
+    "Statements of a code cell; magics and shell lines count as none."
+    return ast.parse(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE)).body

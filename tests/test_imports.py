@@ -1,0 +1,54 @@
+"Modules import only from modules of earlier notebooks, and those before the models load no deep-learning library."
+import ast, subprocess, sys
+from importlib.util import resolve_name
+
+import pytest
+from notebooks import library, module, number, root
+
+order = {module(path): number(path) for path in library}
+heavy = {"torch", "transformers", "accelerate"}
+light = [name for name, place in order.items() if place < (40, "")]
+
+
+def source(name):
+    "The file of a module."
+    path = root.joinpath(*name.split("."))
+    return path/"__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imported(node, package):
+    "Full names that an import statement takes from this package."
+    if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+    else:
+        base = resolve_name("."*node.level + (node.module or ""), package)
+        inner = [f"{base}.{alias.name}" for alias in node.names]
+        names = [name for name in inner if name in order] or [base]
+    return [name for name in names if name.split(".")[0] == "digiq"]
+
+
+def arrows(name):
+    "Modules of this package that a module imports, at its top or inside a function."
+    path = source(name)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return {target for node in nodes for target in imported(node, package)} - {"digiq"}
+
+
+@pytest.mark.parametrize("name", order)
+def test_imports_only_from_earlier_notebooks(name):
+    earlier = {module for module, place in order.items() if place < order[name]}
+    assert arrows(name) <= earlier, f"{name} imports {sorted(arrows(name) - earlier)}, which no earlier notebook exports"
+
+
+def test_every_module_has_its_notebook():
+    files = {p for p in (root/"digiq").rglob("*.py") if p.name != "_modidx.py"}
+    packages = {p for p in files if p.name == "__init__.py" and len(p.read_text().splitlines()) <= 1}
+    assert files - packages == {source(name) for name in order}
+
+
+@pytest.mark.parametrize("name", ["digiq", *light])
+def test_loads_no_deep_learning_library(name):
+    code = f"import sys, {name}; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

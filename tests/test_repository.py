@@ -1,0 +1,61 @@
+"Notebooks are clean, small and shaped as papermill and nbdev need them."
+import ast, json, re
+
+import pytest
+import yaml
+from execnb.nbio import nb2str
+from nbdev.clean import clean_nb
+from notebooks import cells, library, module, paths, root, runs, tree
+
+every = pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+each_library = pytest.mark.parametrize("path", library, ids=lambda p: p.stem)
+each_run = pytest.mark.parametrize("path", runs, ids=lambda p: p.stem)
+
+
+@every
+def test_clean(path):
+    text = path.read_text(encoding="utf-8")
+    nb = json.loads(text)
+    clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=False)
+    assert nb2str(nb) == text, "run nbdev_clean"
+
+
+@every
+def test_small(path):
+    assert path.stat().st_size < 400_000, "outputs in git stay small: keep only those that teach"
+
+
+@each_library
+def test_library_notebook_exports_a_module(path):
+    assert module(path)
+
+
+@each_library
+def test_imports_have_their_own_cells(path):
+    for cell in cells(path):
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree(cell)}
+        assert len(kinds) < 2, f"imports share a cell with other code:\n{cell.source}"
+
+
+@each_run
+def test_run_notebook_is_skipped_by_nbdev_test(path):
+    front = cells(path, "raw")[0].source
+    assert yaml.safe_load(front.strip().strip("-")) == {"skip_exec": True}
+
+
+@each_run
+def test_run_notebook_has_one_parameters_cell_of_literals(path):
+    found = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(found) == 1
+    for node in tree(found[0]):
+        assert isinstance(node, ast.Assign) and len(node.targets) == 1, ast.unparse(node)
+        ast.literal_eval(node.value)
+
+
+@each_run
+def test_run_notebook_exports_nothing(path):
+    assert not [cell for cell in cells(path) if re.search(r"^#\|\s*(default_exp|export)", cell.source, re.MULTILINE)]
+
+
+def test_presets_travel_with_the_package():
+    assert (root/"digiq"/"presets").resolve() == root/"presets"
