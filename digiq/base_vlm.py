@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -26,7 +25,7 @@ from .env import perform
 from .phone import SimPhone, oracle
 from .representation import VLM, cosine, mark, prompt, question, squash
 
-# %% ../nbs/45_base_vlm.ipynb #45-005
+# %% ../nbs/45_base_vlm.ipynb #45-006
 @dataclass(frozen=True)
 class BaseVLMConfig:
     "How the tiny VLM is made"
@@ -46,7 +45,7 @@ class BaseVLMConfig:
     weight_decay: float = 0.01
     clip: float = 1.0         # largest norm of the gradient
 
-# %% ../nbs/45_base_vlm.ipynb #45-007
+# %% ../nbs/45_base_vlm.ipynb #45-008
 def train_tokenizer(
     texts:list[str], # to learn merges from
     vocabulary:int, # tokens at most
@@ -60,7 +59,7 @@ def train_tokenizer(
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
 
-# %% ../nbs/45_base_vlm.ipynb #45-010
+# %% ../nbs/45_base_vlm.ipynb #45-011
 def tokenizer_texts(
     names:list[str], # of elements and pages
 ) -> list[str]:
@@ -73,7 +72,7 @@ def tokenizer_texts(
     asked = [text for n in names for text in (prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No"))]
     return [prompt(q, f"{y} {x}") for q, y, x in zip(questions, grid * len(questions), grid[::-1] * len(questions))] + asked * 10 + [t.goal for t in T.load("webshop", "train")]
 
-# %% ../nbs/45_base_vlm.ipynb #45-012
+# %% ../nbs/45_base_vlm.ipynb #45-013
 def build_vlm(
     config:BaseVLMConfig,
     texts:list[str], # for the tokenizer
@@ -92,7 +91,7 @@ def build_vlm(
         image_seq_length=(config.side // config.patch) ** 2, vision_feature_layer=-1, tie_word_embeddings=True))
     return VLM(model.eval(), processor, config.side)
 
-# %% ../nbs/45_base_vlm.ipynb #45-017
+# %% ../nbs/45_base_vlm.ipynb #45-018
 @dataclass
 class Screens:
     "Screens with what is on them"
@@ -103,7 +102,7 @@ class Screens:
 
     def __len__(self): return len(self.pictures)
 
-# %% ../nbs/45_base_vlm.ipynb #45-019
+# %% ../nbs/45_base_vlm.ipynb #45-020
 DECORATION = ("", "text", "picture", "badge", "sheet") # roles that are no name
 
 def named(
@@ -122,7 +121,7 @@ def name_at(
     "What is on top at a point."
     return next((name for name, (y0, x0, y1, x1) in elements if y0 <= y <= y1 and x0 <= x <= x1), "background")
 
-# %% ../nbs/45_base_vlm.ipynb #45-022
+# %% ../nbs/45_base_vlm.ipynb #45-023
 def page_name(
     phone:SimPhone,
     names:set[str], # of the visible elements
@@ -134,7 +133,7 @@ def page_name(
     over = [word for element, word in {"spinner": "loading", "enter key": "typing", "scrim": "covered", "tab card": "overview"}.items() if element in names]
     return ", ".join([kind, *over])
 
-# %% ../nbs/45_base_vlm.ipynb #45-024
+# %% ../nbs/45_base_vlm.ipynb #45-025
 def random_action(
     elements:list, # `phone.ui.Element`s
     rng:np.random.Generator,
@@ -153,7 +152,7 @@ def random_action(
     if kind == "key": return A.press(rng.choice(["back", "home", "enter"], p=[.6, .2, .2]))
     return A.tap(*rng.random(2))
 
-# %% ../nbs/45_base_vlm.ipynb #45-025
+# %% ../nbs/45_base_vlm.ipynb #45-026
 def gather(
     n:int, # screens
     config:BaseVLMConfig,
@@ -185,7 +184,7 @@ def _gather_episode(screens, task, words, config, rng, episode):
         perform(phone, random_action(elements, rng, words) if rng.random() < slips or move == A.complete() else move)
     phone.close()
 
-# %% ../nbs/45_base_vlm.ipynb #45-029
+# %% ../nbs/45_base_vlm.ipynb #45-030
 def _point(elements, rng):
     "A point: mostly inside some element, sometimes anywhere."
     if not elements or rng.random() < .15: return rng.uniform(.02, .98, 2)
@@ -199,7 +198,7 @@ def _distinct(elements, rng):
     y0, x0, y1, x1 = min(box for n, box in elements if n == name)
     return name, f"{(y0 + y1) / 2:.2f} {(x0 + x1) / 2:.2f}"
 
-# %% ../nbs/45_base_vlm.ipynb #45-030
+# %% ../nbs/45_base_vlm.ipynb #45-031
 def _rarest_first(elements, rng):
     "The elements, thinned so that thirty keys do not drown one button."
     by_name = {}
@@ -223,7 +222,7 @@ def quiz(
     asked += [("there", f"Is there a {any_name}?", "Yes" if any_name in present else "No")]
     return mark(Image.fromarray(screens.pictures[i]), A.tap(*touch)), *zip(*asked)
 
-# %% ../nbs/45_base_vlm.ipynb #45-034
+# %% ../nbs/45_base_vlm.ipynb #45-035
 def matrix_optimizers(
     model:nn.Module,
     lr:float, # AdamW's, for embeddings, norms and biases
@@ -238,7 +237,7 @@ def matrix_optimizers(
     return (torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay))
 
-# %% ../nbs/45_base_vlm.ipynb #45-035
+# %% ../nbs/45_base_vlm.ipynb #45-036
 def answer_loss(
     vlm:VLM,
     quizzes:list[tuple], # from `quiz`
@@ -249,7 +248,7 @@ def answer_loss(
     asked = batch.labels != -100
     return F.cross_entropy(vlm.model.get_output_embeddings()(hidden[asked]).float(), batch.labels[asked])
 
-# %% ../nbs/45_base_vlm.ipynb #45-036
+# %% ../nbs/45_base_vlm.ipynb #45-037
 def pretrain(
     screens:Screens,
     config:BaseVLMConfig,
@@ -273,7 +272,7 @@ def pretrain(
     vlm.model.eval()
     return vlm, losses
 
-# %% ../nbs/45_base_vlm.ipynb #45-039
+# %% ../nbs/45_base_vlm.ipynb #45-040
 @torch.inference_mode()
 def quiz_accuracy(
     vlm:VLM,
@@ -299,7 +298,7 @@ def _near(vlm, said, answer):
     except ValueError: return False
     return len(a) == len(b) and bool(np.abs(a - b).max() < .05)
 
-# %% ../nbs/45_base_vlm.ipynb #45-042
+# %% ../nbs/45_base_vlm.ipynb #45-043
 def linear_probe(
     features:np.ndarray, # float [n, d]
     labels:list[str], # n

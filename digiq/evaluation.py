@@ -151,7 +151,7 @@ def _parsed(action):
     return is_valid(action)
 
 def _nearer(phone, task, action):
-    copy = phone.fork(); act = parse(action)
+    copy, act = phone.fork().reseed(None), parse(action) # what the action does if nothing goes wrong
     if act.kind in ("STATUS_TASK_COMPLETE", "TASK_IMPOSSIBLE"): return False
     perform(copy, act)
     return distance(copy, task) < distance(phone, task)

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .actions import Action, ActionError, in_words, is_valid, parse
-from .core import ConfigError, DataError, DigiqError, atomic, derive_seed, progress
+from .actions import Action, in_words, is_valid, parse
+from .core import ConfigError, DigiqError, atomic, derive_seed, progress
 from .data import EpisodeStore
 
 # %% ../nbs/42_representation.ipynb #42-006
@@ -59,8 +59,9 @@ def difference(
 ) -> float: # mean squared difference of the pixels at quarter size, 0..65025
     "How much a screen changed (paper, section 4.1)."
     size = (270, round(270 * before.height / before.width))
-    a, b = (np.asarray(im.convert("RGB").resize(size, Image.Resampling.BOX), np.float32) for im in (before, after))
-    return float(((a - b) ** 2).mean())
+    a, b = (im.convert("RGB").resize(size, Image.Resampling.BOX) for im in (before, after))
+    counts = np.array(ImageChops.difference(a, b).histogram()).reshape(3, 256)
+    return float((counts.sum(0) * np.arange(256.) ** 2).sum() / counts.sum())
 
 # %% ../nbs/42_representation.ipynb #42-013
 def squash(
@@ -288,11 +289,11 @@ def effect_examples(
     if len(steps) > config.examples: steps = steps.sample(config.examples, random_state=derive_seed(seed, "effect examples") % 2**32)
     steps = steps.sort_values(["episode", "step"])
     if steps.episode.nunique() < 2: raise DigiqError(f"{store} has {steps.episode.nunique()} episodes with valid actions, and the representation needs 2: collect more")
-    pictures, changed = [], []
+    screen, pictures, changed = lru_cache(2)(store.screen), [], []
     for episode, step in progress(list(zip(steps.episode, steps.step)), desc="label effects"):
-        before = store.screen(episode, step)
+        before = screen(episode, step)
         pictures.append(np.asarray(squash(before, config.side)))
-        changed.append(difference(before, store.screen(episode, step + 1)) > config.effect_threshold)
+        changed.append(difference(before, screen(episode, step + 1)) > config.effect_threshold)
     check_balance(np.array(changed), config)
     return Examples(np.stack(pictures), [parse(a) for a in steps.action], np.array(changed), steps.episode.to_numpy())
 
@@ -308,7 +309,7 @@ def check_balance(
         raise DigiqError(f"only {counts[rare]} of {len(changed)} recorded steps are {rare}: collect more varied episodes, or look at representation.effect_threshold ({config.effect_threshold})")
     return counts
 
-# %% ../nbs/42_representation.ipynb #42-049
+# %% ../nbs/42_representation.ipynb #42-051
 def auc(
     scores:np.ndarray, # float [n]
     positive:np.ndarray, # bool [n]
@@ -319,7 +320,7 @@ def auc(
     p, n = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
 
-# %% ../nbs/42_representation.ipynb #42-052
+# %% ../nbs/42_representation.ipynb #42-054
 @torch.no_grad()
 def effect_scores(
     vlm:VLM,
@@ -331,7 +332,7 @@ def effect_scores(
     logits = torch.cat([vlm.effect_logits([Image.fromarray(p) for p in e.pictures], e.actions) for e in parts])
     return (logits[:, 1] - logits[:, 0]).cpu().numpy()
 
-# %% ../nbs/42_representation.ipynb #42-053
+# %% ../nbs/42_representation.ipynb #42-055
 def heldout(
     examples:Examples,
     share:float, # of the episodes, 0..1
@@ -342,7 +343,7 @@ def heldout(
     out = np.isin(examples.episodes, episodes[:max(1, round(share * len(episodes)))])
     return examples.take(np.flatnonzero(~out)), examples.take(np.flatnonzero(out))
 
-# %% ../nbs/42_representation.ipynb #42-054
+# %% ../nbs/42_representation.ipynb #42-056
 def cosine(
     step:int, # from 0
     steps:int, # in all
@@ -352,7 +353,7 @@ def cosine(
     first = max(1, round(warmup * steps))
     return (step + 1) / first if step < first else (1 + math.cos(math.pi * (step - first) / (steps - first))) / 2
 
-# %% ../nbs/42_representation.ipynb #42-056
+# %% ../nbs/42_representation.ipynb #42-058
 def finetune(
     vlm:VLM, # changed in place
     examples:Examples, # see `effect_examples`

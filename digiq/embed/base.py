@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image
 
-from ..actions import ActionError, is_valid, parse, press, render, tap, type_text
+from ..actions import is_valid, parse, press, render, tap, type_text
 from ..core import DigiqError, progress
 from ..data import Embeddings, EpisodeStore, Proposals
 

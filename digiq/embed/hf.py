@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .base import EmbeddingError, finite, parsed
+from .base import finite, parsed
 from ..representation import VLM, RepresentationConfig, mark, question, squash
 
 # %% ../../nbs/43a_embed.hf.ipynb #43a-005

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['APPS', 'ICONS', 'DOCK', 'BROWSER_PLACE', 'Episode', 'App', 'app', 'NotSetUp', 'find_app', 'Launcher', 'launcher_icon',
-           'icon_grid']
+           'icon_grid', 'strip']
 
 # %% ../../nbs/11a_phone.apps.ipynb #11a-003
 from dataclasses import dataclass
 from functools import lru_cache
 
 from fastcore.basics import patch
+from PIL import Image
 
 from . import ui
 from .world import Dynamics, chance, draw, make_world, shuffled
@@ -221,3 +222,14 @@ def drawer(self:Launcher, state):
     names = sorted(ICONS, key=lambda n: ICONS[n][0])
     return ui.screen(ui.scroll(ui.column(ui.spacer(48), ui.text("All apps", 56, bold=True, pad=(0, 72)), ui.spacer(48), icon_grid(names), ui.spacer(80),
                                          width="fill"), "drawer", state["scroll"].get("drawer", 0), bg=ui.PAPER))
+
+# %% ../../nbs/11a_phone.apps.ipynb #11a-023
+def strip(
+    *pictures,        # PIL, all of one size
+    scale:float=0.64, # of what is shown
+) -> Image.Image: # of 200 colours, so that notebooks stay small
+    "Pictures side by side."
+    width, height = (round(side * scale) for side in pictures[0].size)
+    out = Image.new("RGB", (len(pictures) * (width + 8) - 8, height), "white")
+    for i, p in enumerate(pictures): out.paste(p.resize((width, height), Image.Resampling.LANCZOS), (i * (width + 8), 0))
+    return out.quantize(200)

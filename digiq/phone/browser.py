@@ -254,8 +254,8 @@ def address_editor(
     text = state["fields"]["address"]
     row = lambda glyph, label, on: ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="suggestion", width="fill", pad=(36, 40), gap=36, bg=ui.PAPER)
     field = ui.field(text, "Search or type an address", focused=True, on=("focus", "address"), clear=("clear", "address"), lead=None, role="address bar", width="fill")
-    return ui.column(ui.row(ui.icon_button("back", ("unfocus",), role="close button"), field, width="fill", pad=(12, 24), gap=12, bg=ui.PAPER), ui.divider(),
-                     *[row(*s) for s in address_suggestions(ep, text)], width="fill", height="fill", bg=ui.PAPER)
+    return ui.column(ui.row(ui.icon_button("back", ("unfocus",), role="back button"), field, width="fill", pad=(12, 24), gap=12, bg=ui.PAPER), ui.divider(),
+                     *[row(*s) for s in address_suggestions(ep, text)], width="fill", height="fill")
 
 # %% ../../nbs/11c_phone.browser.ipynb #11c-030
 ARTICLES = ("News", "Forum", "Recipes", "Sports")
@@ -278,7 +278,7 @@ def new_tab_view(
     box = ui.row(ui.icon("search", 52, ui.MUTED), ui.text("Search seek or type an address", 44, ui.MUTED, width="fill"), ui.icon("mic", 52, ui.BLUE), on=("focus", "address"),
                  role="search box", width="fill", height=136, pad=(0, 40), gap=28, radius=68, bg=ui.SURFACE)
     return ui.column(ui.spacer(ep.shift((240, 200, 280), "logo")), ui.text("seek", 168, ui.BLUE), ui.spacer(72), box, ui.spacer(72),
-                     *[ui.row(*[tile(*n) for n in names[i:i + 4]], width="fill") for i in (0, 4)], width="fill", height="fill", pad=(0, 48), align="center", bg=ui.PAPER)
+                     *[ui.row(*[tile(*n) for n in names[i:i + 4]], width="fill") for i in (0, 4)], width="fill", height="fill", pad=(0, 48), align="center")
 
 # %% ../../nbs/11c_phone.browser.ipynb #11c-031
 def seek_view(
@@ -332,17 +332,19 @@ def store_view(
     head, label, note = (name, "Install", "4.1 stars, 2 million downloads") if page["what"] == "app" else (f"Letters from {name}", "Subscribe", "Enter your mail address to subscribe.")
     return ui.column(ui.row(letter(name, 88), ui.column(ui.text(head, 64, bold=True), ui.text(note, 40, ui.MUTED), gap=12, width="fill"), width="fill", gap=40),
                      ui.button(label, ("nothing",), color=ui.GREEN, role="install button", width="fill"), ui.text("Not available on this phone.", 40, ui.MUTED),
-                     width="fill", height="fill", pad=(64, 48), gap=48, bg=ui.PAPER)
+                     width="fill", height="fill", pad=(64, 48), gap=48)
 
 @patch
 def on_nothing(self:Browser, state, ep): return state
 
 # %% ../../nbs/11c_phone.browser.ipynb #11c-033
-def loading_view() -> "ui.Node":
+def loading_view(
+    wait:int, # steps that are left
+) -> "ui.Node":
     "A page that is not there yet."
     bars = [ui.skeleton(w, 56) for w in (900, 984, 760)]
-    return ui.column(ui.spacer(48), *bars, ui.spacer(360), ui.row(ui.spacer(), ui.spinner(160), ui.spacer(), width="fill"), ui.spacer(40),
-                     ui.row(ui.spacer(), ui.text("Loading…", 44, ui.MUTED), ui.spacer(), width="fill"), width="fill", height="fill", pad=(0, 48), gap=36, bg=ui.PAPER)
+    return ui.column(ui.spacer(48), *bars, ui.spacer(360), ui.row(ui.spacer(), ui.spinner(160, wait), ui.spacer(), width="fill"), ui.spacer(40),
+                     ui.row(ui.spacer(), ui.text("Loading…", 44, ui.MUTED), ui.spacer(), width="fill"), width="fill", height="fill", pad=(0, 48), gap=36)
 
 def overview_view(
     state:dict, # of the browser
@@ -373,7 +375,7 @@ def visible(self:Browser, state):
 
 @patch
 def content(self:Browser, page, state, ep): # below the address bar
-    if page.get("wait"): return loading_view()
+    if page.get("wait"): return loading_view(page["wait"])
     if page["kind"] in SHOP_PAGES: return shop_view(page, state, ep)
     return {"new tab": lambda: new_tab_view(ep), "seek": lambda: seek_view(page, ep), "article": lambda: article_view(page), "store": lambda: store_view(page)}[page["kind"]]()
 

@@ -70,12 +70,12 @@ def product_node(
 @lru_cache(maxsize=4096)
 def _product_node(items, listing, currency, on, role, id):
     product, sponsored = dict(items), role == "sponsored result"
-    w, h = {"list": (232, 232), "grid": (460, 320), "cards": (976, 400)}[listing]
+    w, h = {"list": (232, 232), "grid": (456, 320), "cards": (976, 400)}[listing]
     art = ui.picture(product["art"], w, h, shape=product["shape"], tint=product["tint"])
     words = ui.column(ui.badge("Sponsored") if sponsored else None, ui.text(product["title"], 40, lines=2, width="fill"), ui.stars(product["stars"]),
                       ui.text(f"{currency}{product['price']:.2f}", 44, bold=True), gap=12, width="fill")
     box = dict(on=on, role=role, id=id, bg=AD_TINT if sponsored else ui.WHITE, pad=20, gap=24, radius=20, width="fill", desc=product["title"])
-    return ui.row(art, words, **box) if listing == "list" else ui.column(art, words, **box)
+    return ui.row(art, words, **box) if listing == "list" else ui.column(art, words, align="center", **box)
 
 def product_list(
     nodes, # from `product_node`
@@ -107,7 +107,7 @@ def header(
     hint, layout, searching = f"Search {shop['name']}", shop["layout"], state["focus"] == "search"
     box = dict(width="fill", bg=bg, pad=(16, 24), gap=8, align="center")
     if searching and layout == "icon":
-        return ui.row(ui.icon_button("back", ("unfocus",), color=ink, role="close button"), search_field(state, hint), **box)
+        return ui.row(ui.icon_button("back", ("unfocus",), color=ink, role="back button"), search_field(state, hint), **box)
     inline, filled = layout == "hero" and page["kind"] != "home", len(state["carts"].get(page["site"], []))
     first = ui.row(ui.icon_button("menu", ("categories",), color=ink, role="menu icon"),
                    ui.text(shop["name"], 44 if inline else 60, ink, bold=True, on=("home",), role="site logo"),
@@ -266,7 +266,7 @@ def shop_view(
         margin = ep.shift((24, 16, 32), "margin")
         body = ui.scroll(ui.column(*SHOP_PAGES[page["kind"]](page, state, shop, ep), ui.spacer(80), width="fill", pad=(24, margin), gap=20), "page", page.get("scroll", 0), bg=ui.SURFACE)
     bar = ui.row(search_field(state, f"Search {shop['name']}"), width="fill", pad=(20, 32), bg=ui.WHITE, elevation=8) if shop["layout"] == "bottom" else None
-    content = ui.column(offer, header(shop, page, state), body, bar, ui.spacer(ui.KEYBOARD - 48) if searching else None, width="fill", height="fill", bg=ui.SURFACE)
+    content = ui.column(offer, header(shop, page, state), body, bar, ui.spacer(ui.KEYBOARD - 48) if searching else None, width="fill", height="fill")
     if page.get("popup"): return ui.stack(content, ui.scrim(), invitation(shop, page["popup"] == "app"), width="fill", height="fill")
     if asks_consent(state, page, ep): return ui.stack(content, ui.scrim(), consent_sheet(shop, state["settings"]), width="fill", height="fill")
     return content

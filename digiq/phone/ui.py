@@ -738,7 +738,7 @@ def field(
 ) -> Node:
     "A line of text to type into."
     caret = node("space", width=8, height=60, bg=BLUE) if focused else None
-    shown = text(value, 44, INK, lines=-1) if value else text(hint, 44, MUTED)
+    shown = text(value, 44, INK, lines=-1 if focused else 1) if value else text(hint, 44, MUTED)
     inner = [icon(lead, 56, BLUE if focused else MUTED) if lead else None, spacer(12)]
     inner += [shown, caret] if value else [caret, shown]
     inner += [spacer(), icon_button("close", clear, 44, "clear button", MUTED, desc="Clear") if value and clear else None]

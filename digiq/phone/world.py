@@ -73,7 +73,7 @@ def make_shop(
     return {"domain": domain, "name": domain[:-4].capitalize(), "layout": LAYOUTS[number % len(LAYOUTS)],
             "listing": pick(("list", "grid", "cards"), "listing"), "color": pick(PALETTE, "color"), "dark": pick((True, False), "dark"),
             "slogan": pick(SLOGANS, "slogan"), "consent": list(pick(CONSENT_ORDERS, "consent")),
-            "close": pick(("right", "left"), "close"), "currency": pick(("$", "£"), "currency")}
+            "close": pick(("right", "left"), "close"), "currency": pick(("$", "Fr "), "currency")}
 
 @lru_cache(maxsize=8)
 def make_world(
