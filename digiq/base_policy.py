@@ -31,13 +31,12 @@ class BasePolicyConfig:
     width: int = 128          # of the transformer
     layers: int = 2           # of the encoder, and of the decoder
     vocabulary: int = 700     # tokens
-    copy_steps: int = 600     # minibatches of text alone
     demos: int = 500          # demonstrations
     slips: float = 0.3        # share of steps on which the demonstrator's hand slips
-    demo_steps: int = 800     # minibatches of demonstrations
+    steps: int = 1000         # minibatches
     batch: int = 64           # examples a minibatch
-    copy_share: float = 0.25  # share of text examples that stay in the mix while imitating
-    lr: float = 3e-3          # AdamW's, for embeddings, norms and biases
+    copy_share: float = 0.4   # share of a minibatch that is about copying
+    lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 1e-2   # Muon's, for the weight matrices of the layers
 
 # %% ../nbs/46_base_policy.ipynb #46-006
@@ -129,23 +128,24 @@ def make_base_policy(
     tasks = T.load("webshop", "train")
     tokenizer = tiny_tokenizer([t.goal for t in tasks] + [copy_example(rng)[0] for _ in range(500)], cfg.vocabulary)
     policy = Policy(AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=cfg.width, d_kv=32, d_ff=2*cfg.width, num_layers=cfg.layers, num_decoder_layers=cfg.layers, num_heads=4,
-        image_dim=eyes.dim, dropout_rate=0., decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)), tokenizer, eyes)
+        image_dim=eyes.dim, dropout_rate=0., tie_word_embeddings=False, decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)), tokenizer, eyes)
+    policy.model.lm_head.weight.data.normal_(std=cfg.width**-.5) # T5 starts its untied head far too sure
     prompts, screens, actions = demonstrate(tasks, cfg.demos, cfg.slips, seed)
     features, blank = eyes(screens), np.zeros((1, eyes.side**2, eyes.dim), np.float16)
-    def batch(text):
-        n = int(cfg.batch*text)
+    n = int(cfg.batch*cfg.copy_share)
+    def batch():
         copies, rows = [copy_example(rng) for _ in range(n)], rng.integers(len(prompts), size=cfg.batch - n)
         return ([c[0] for c in copies] + [prompts[r] for r in rows], np.concatenate([blank.repeat(n, 0), features[rows]]), [c[1] for c in copies] + [actions[r] for r in rows])
-    losses = _learn(policy, lambda: batch(1.), cfg.copy_steps, cfg, "copying") + _learn(policy, lambda: batch(cfg.copy_share), cfg.demo_steps, cfg, "imitating")
+    losses = _learn(policy, batch, cfg)
     policy.model.eval()
     return policy, losses
 
 # %% ../nbs/46_base_policy.ipynb #46-014
-def _learn(policy, batch, steps, cfg, desc):
+def _learn(policy, batch, cfg):
     optimizers = matrix_optimizers(policy.model, cfg.lr, cfg.matrix_lr, layers=".block.")
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, steps, .05)) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, cfg.steps, .05)) for o in optimizers]
     policy.model.train(); losses = []
-    for _ in progress(range(steps), desc=desc):
+    for _ in progress(range(cfg.steps), desc="base policy"):
         loss = -policy.log_prob(*batch()).mean()
         for o in optimizers: o.zero_grad()
         loss.backward()
@@ -225,7 +225,7 @@ def measure_policy(
 def plot_losses(
     losses:list[float] # of minibatches
 ):
-    "The two lessons, one after the other"
+    "Learning curve of the tiny Auto-UI"
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 2.4))[1]
     ax.plot(np.convolve(losses, np.ones(20)/20, "valid"), color="#0072B2")

@@ -38,7 +38,7 @@ class BaseVLMConfig:
     vocabulary: int = 1000    # tokens
     screens: int = 4500       # to learn from
     slips: tuple[float, ...] = (0.1, 0.3, 0.7) # shares of random actions among the oracle's, one for each episode
-    steps: int = 700          # minibatches
+    steps: int = 520          # minibatches
     batch: int = 32           # screens a minibatch, each with all kinds of questions
     lr: float = 1e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 1e-2   # Muon's, for the weight matrices of the layers
@@ -124,14 +124,17 @@ def name_at(
 # %% ../nbs/45_base_vlm.ipynb #45-023
 def page_name(
     phone:SimPhone,
-    names:set[str], # of the visible elements
-) -> str: # e.g. "results", "home, typing", "product, covered"
+    roles:set[str], # of the visible elements
+) -> str: # e.g. "results", "home, covered", "typing"
     "Which page is showing."
+    hidden = {"spinner": "loading", "enter key": "typing", "tab card": "tabs"}
+    for role in hidden:
+        if role in roles: return hidden[role]
     state = phone.state()
-    app = state["app"]
-    kind = state["apps"]["browser"]["tabs"][state["apps"]["browser"]["tab"]][-1]["kind"] if app == "browser" else app
-    over = [word for element, word in {"spinner": "loading", "enter key": "typing", "scrim": "covered", "tab card": "overview"}.items() if element in names]
-    return ", ".join([kind, *over])
+    if state["app"] != "browser": return state["app"]
+    browser = state["apps"]["browser"]
+    page = browser["tabs"][browser["tab"]][-1]
+    return page["kind"] + ", covered" * ("scrim" in roles or bool(page.get("popup")))
 
 # %% ../nbs/45_base_vlm.ipynb #45-025
 def random_action(

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'open_run',
-           'Nothing', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'smooth']
+           'Nothing', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
-import hashlib, os, platform, textwrap
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+import hashlib, platform, textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +74,7 @@ class Preset:
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
     temperature:float=1.0 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
+    answer_tokens:int=64 # of an action that a policy writes, at most
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     threads:int=2 # of torch; results depend on it in the last digits
@@ -131,7 +131,7 @@ def load_preset(
     return from_dict(Preset, overlay(to_dict(preset), overrides))
 
 # %% ../nbs/65_pipeline.ipynb #65-014
-PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
+PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "answer_tokens", "eyes", "device", "threads" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),
@@ -180,6 +180,7 @@ class Experiment(Run):
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
         torch.set_num_threads(preset.threads)
+        transformers.utils.logging.disable_progress_bar() # of loading weights
 
     def stage(self, name, config):
         "As `Run.stage`, with the settings of everything that goes into the stage."
@@ -251,9 +252,16 @@ def eyes(self:Experiment) -> ImageEncoder:
 
 # %% ../nbs/65_pipeline.ipynb #65-029
 @patch
+def load_policy(self:Experiment,
+    name:str|Path, # of a model
+) -> Policy:
+    "A policy that sees through `eyes`."
+    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device, max_new_tokens=self.preset.answer_tokens))
+
+@patch
 def base_policy(self:Experiment) -> Policy:
     "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
-    policy = _load("the policy", self.preset.policy, lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device))
+    policy = self.load_policy(self.preset.policy)
     if policy.model.config.image_dim != self.eyes.dim:
         raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.model.config.image_dim}, but eyes {self.preset.eyes!r} give {self.eyes.dim}: name the VLM it was made with")
     return policy
@@ -471,7 +479,7 @@ def agent(self:Experiment,
     if plain == "behaviour": policy = self.behaviour
     elif plain in RULES:
         self.require(plain)
-        policy = _load("the policy", str((self.path/"checkpoints"/plain).absolute()), lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device))
+        policy = self.load_policy((self.path/"checkpoints"/plain).absolute())
     else: raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank")
     return policy if plain == name else Reranker(policy, self.scorer(), self.preset.evaluation.rerank)
 
@@ -569,10 +577,10 @@ def draw_candidates(
     words = []
     for rank, i in enumerate(np.argsort(-q)):
         a, colour = parse(actions[i]), colours.to_rgba(q[i] - v)
-        edge = dict(edgecolors="black" if rank == 0 else "white", linewidths=2 if rank == 0 else 1)
         y, x = a.touch
         if a.is_swipe: ax.annotate("", (a.lift[1]*w, a.lift[0]*h), (x*w, y*h), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2))
-        if a.is_tap: ax.scatter(x*w, y*h, s=70, color=[colour], zorder=9 - rank*.1, **edge)
+        if a.is_tap and rank == 0: ax.scatter(x*w, y*h, s=150, color="white", edgecolors="black", linewidths=2, zorder=8)
+        if a.is_tap: ax.scatter(x*w, y*h, s=65, color=[colour], edgecolors="white", linewidths=1.2, zorder=9 - rank*.01)
         if (a.is_tap or a.is_swipe) and rank < 3:
             ax.annotate(f"{q[i]:.2f}", (x*w, y*h), xytext=(7, 6), textcoords="offset points", fontsize=7, zorder=10, bbox=dict(boxstyle="round,pad=.15", fc="white", ec="none", alpha=.85))
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {in_words(a)[:24]}  {q[i]:.2f}")
@@ -599,23 +607,32 @@ def draw_states(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     most = max(.02, *(np.abs(some - value).max() for some, value in zip(q, v)))
-    colours = ScalarMappable(Normalize(-most, most), "RdBu")
-    figure, axes = plt.subplots(1, len(found), figsize=(1.9*len(found) + .8, 5.2), layout="constrained", squeeze=False, dpi=80)
+    colours = ScalarMappable(Normalize(-most, most), "PRGn")
+    figure, axes = plt.subplots(1, len(found), figsize=(1.75*len(found) + .8, 5), layout="constrained", squeeze=False, dpi=100)
     for ax, p, some, value in zip(axes[0], found, q, v): draw_candidates(ax, p.screen, p.goal, p.candidates, some, value, colours)
     figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
 # %% ../nbs/65_pipeline.ipynb #65-058
+def vary(
+    found:list, # of `digiq.evaluation.Probe`
+    n:int, # how many
+) -> list: # `n` of them, or fewer
+    "One state a goal, and the levels in turn."
+    turn = {}
+    for p in {p.goal: p for p in found}.values(): turn.setdefault(p.level, []).append(p)
+    return [p for _, _, p in sorted(((i, level, p) for level, same in turn.items() for i, p in enumerate(same)), key=lambda x: x[:2])][:n]
+
 @patch
 def draw_states(self:Experiment,
     n:int=6, # how many
 ) -> Image.Image:
     "Held-out states with their candidates and what the critic thinks of them."
-    found = self.probes(n)
+    found = vary(self.probes(4*n), n)
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-061
+# %% ../nbs/65_pipeline.ipynb #65-062
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches
@@ -628,7 +645,7 @@ def draw_curves(self:Experiment) -> Image.Image:
     "Losses of all trainings of the experiment so far."
     import matplotlib.pyplot as plt
     reports = {f.parent.name: read_json(f) for f in sorted((self.path/"checkpoints").glob("*/report.json"))}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained", dpi=80)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained", dpi=90)
     if "representation" in reports: left.plot(smooth(reports["representation"]["losses"]), color="#0072B2")
     for name, style in dict(critic="-", critic_without_representation=":").items():
         if name not in reports: continue

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from PIL import Image
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .actions import complete, decision, impossible, is_valid, press, render, tap, type_text
@@ -41,6 +41,11 @@ class AutoUI(T5ForConditionalGeneration):
         self.mha_layer = nn.MultiheadAttention(d, num_heads=1, batch_first=True)
         self.gate_dense = nn.Linear(2*d, d)
         self.post_init()
+
+    def _init_weights(self, module): # T5's rule would start the three new layers with weights of size one
+        if any(module is own for name, own in self.named_modules() if name in ("image_dense", "mha_layer.out_proj", "gate_dense")):
+            init.normal_(module.weight, std=module.in_features**-.5); init.zeros_(module.bias)
+        else: super()._init_weights(module)
 
 # %% ../nbs/40_policy.ipynb #40-008
 @patch

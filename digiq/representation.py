@@ -24,7 +24,7 @@ from .actions import Action, in_words, is_valid, parse
 from .core import ConfigError, DigiqError, atomic, derive_seed, progress
 from .data import EpisodeStore
 
-# %% ../nbs/42_representation.ipynb #42-006
+# %% ../nbs/42_representation.ipynb #42-007
 @dataclass(frozen=True)
 class RepresentationConfig:
     "The VLM, its yes/no fine-tuning, and what is read out of it"
@@ -44,7 +44,7 @@ class RepresentationConfig:
     clip: float = 1.0               # largest norm of the gradient
     layers: tuple[int, ...] = (-1,) # hidden layers that make up f(s, a), concatenated; -1 is the last
     questions: tuple[str, ...] = ("effect", "name") # questions whose answers' states make up f(s, a), concatenated
-    tokens: int = 12_000            # padded tokens a batch when embedding
+    tokens: int = 4000              # a batch when embedding, padding included; more suits a GPU
 
     def __post_init__(self):
         for name in ("dtype", "embed_dtype"):
@@ -52,7 +52,7 @@ class RepresentationConfig:
         unknown = set(self.questions) - {"effect", "name"}
         if unknown or not self.questions: raise ConfigError(f"representation.questions is {self.questions!r}: choose among effect and name")
 
-# %% ../nbs/42_representation.ipynb #42-009
+# %% ../nbs/42_representation.ipynb #42-010
 def difference(
     before:Image.Image, # RGB screen
     after:Image.Image, # RGB screen
@@ -63,7 +63,7 @@ def difference(
     counts = np.array(ImageChops.difference(a, b).histogram()).reshape(3, 256)
     return float((counts.sum(0) * np.arange(256.) ** 2).sum() / counts.sum())
 
-# %% ../nbs/42_representation.ipynb #42-013
+# %% ../nbs/42_representation.ipynb #42-014
 def squash(
     screen:Image.Image, # RGB screen of any shape
     side:int, # pixels
@@ -71,7 +71,7 @@ def squash(
     "The whole screen as a small square; nothing is cropped."
     return screen.convert("RGB").resize((side, side), Image.Resampling.BOX)
 
-# %% ../nbs/42_representation.ipynb #42-014
+# %% ../nbs/42_representation.ipynb #42-015
 MARK = (255, 0, 255) # magenta: rare on real screens
 
 def mark(
@@ -86,7 +86,7 @@ def mark(
     else: _arrow(draw, scale(action.touch), scale(action.lift), r)
     return picture
 
-# %% ../nbs/42_representation.ipynb #42-015
+# %% ../nbs/42_representation.ipynb #42-016
 def _ring(draw, centre, r):
     def circle(r, **style): draw.ellipse((*(centre - r), *(centre + r)), **style)
     circle(r, outline="white", width=round(r / 2))
@@ -100,7 +100,7 @@ def _arrow(draw, start, end, r):
     draw.line([*start, *end], fill=MARK, width=round(r / 4))
     draw.polygon([tuple(p) for p in (end, end - r * along + r / 2 * across, end - r * along - r / 2 * across)], fill=MARK, outline="white")
 
-# %% ../nbs/42_representation.ipynb #42-019
+# %% ../nbs/42_representation.ipynb #42-020
 def plain(
     text:str, # may come from a policy or a user
 ) -> str: # at most 100 characters, in which no tokenizer finds a special token
@@ -117,7 +117,7 @@ def question(
     y, x = action.touch
     return f"What is under the mark at ({y:.2f}, {x:.2f})?"
 
-# %% ../nbs/42_representation.ipynb #42-022
+# %% ../nbs/42_representation.ipynb #42-023
 def prompt(
     question:str, # see `question`
     answer:str="", # what follows, in training
@@ -125,7 +125,7 @@ def prompt(
     "The text of one question about one picture; `<image>` stands for the picture."
     return f"USER: <image>\n{question} ASSISTANT:" + f" {answer}" * bool(answer)
 
-# %% ../nbs/42_representation.ipynb #42-025
+# %% ../nbs/42_representation.ipynb #42-026
 def model_path(
     name:str, # a built-in model's name, a directory, or a hub id
 ) -> str: # what `from_pretrained` takes
@@ -133,7 +133,7 @@ def model_path(
     builtin = Path(__file__).parent/"models"/name if "__file__" in globals() else Path("../digiq/models")/name
     return str(builtin) if builtin.is_dir() else name
 
-# %% ../nbs/42_representation.ipynb #42-026
+# %% ../nbs/42_representation.ipynb #42-027
 class VLM:
     "A vision-language model with its processor: the place where pictures and questions become numbers"
     def __init__(self,
@@ -157,7 +157,7 @@ class VLM:
         except OSError as e: raise DigiqError(f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a hub id ({str(e).splitlines()[0]})") from None
         return cls(model.to(device).eval(), processor, side)
 
-# %% ../nbs/42_representation.ipynb #42-027
+# %% ../nbs/42_representation.ipynb #42-028
 @patch
 def save(self:VLM,
     path:str|Path, # directory, replaced as a whole
@@ -167,7 +167,7 @@ def save(self:VLM,
         self.model.save_pretrained(p)
         self.processor.save_pretrained(p)
 
-# %% ../nbs/42_representation.ipynb #42-029
+# %% ../nbs/42_representation.ipynb #42-030
 @patch(as_prop=True)
 def head(self:VLM) -> list[int]:
     "The tokens up to the end of the picture."
@@ -182,7 +182,7 @@ def tail(self:VLM, question, answer="") -> list[int]:
     text = prompt(question, answer).removeprefix("USER: ")
     return self.tokens(text)[1:]
 
-# %% ../nbs/42_representation.ipynb #42-030
+# %% ../nbs/42_representation.ipynb #42-031
 @patch
 def pixels(self:VLM,
     pictures:list[Image.Image], # RGB, side x side
@@ -193,7 +193,7 @@ def pixels(self:VLM,
     mean, std = (torch.tensor(v, device=x.device) for v in (p.image_mean, p.image_std))
     return x.mul_((p.rescale_factor / std).to(x.dtype)).sub_((mean / std).to(x.dtype)).permute(0, 3, 1, 2)
 
-# %% ../nbs/42_representation.ipynb #42-031
+# %% ../nbs/42_representation.ipynb #42-032
 @dataclass
 class Packed:
     "A batch: pictures, each with its questions"
@@ -201,7 +201,7 @@ class Packed:
     places:torch.Tensor # int [questions, 2], row and column of the token that predicts each answer, in order
     labels:torch.Tensor # int [rows, length], answer tokens moved to the token that predicts them, -100 elsewhere
 
-# %% ../nbs/42_representation.ipynb #42-032
+# %% ../nbs/42_representation.ipynb #42-033
 @patch
 def pack(self:VLM,
     pictures:list[Image.Image], # RGB, side x side
@@ -219,7 +219,7 @@ def pack(self:VLM,
     places = torch.tensor([(i, c) for i, r in enumerate(rows) for c in r["places"]])
     return Packed(inputs, places, padded("labels", -100).to(self.model.device))
 
-# %% ../nbs/42_representation.ipynb #42-033
+# %% ../nbs/42_representation.ipynb #42-034
 @patch
 def _row(self:VLM, questions, answers):
     n = len(self.head)
@@ -234,7 +234,7 @@ def _row(self:VLM, questions, answers):
         row["labels"] += [-100] * (len(ask) - 1) + ids[len(ask):] + [-100]
     return row
 
-# %% ../nbs/42_representation.ipynb #42-034
+# %% ../nbs/42_representation.ipynb #42-035
 @patch
 def states(self:VLM,
     batch:Packed, # of n questions
@@ -246,7 +246,7 @@ def states(self:VLM,
     row, column = batch.places.unbind(1)
     return torch.cat([h[row, column] for h in hidden], -1)
 
-# %% ../nbs/42_representation.ipynb #42-040
+# %% ../nbs/42_representation.ipynb #42-041
 @patch
 def answer_tokens(self:VLM,
     answers:tuple[str, ...]=("No", "Yes"), # that differ in their first token
@@ -265,7 +265,7 @@ def effect_logits(self:VLM,
     weights = self.model.get_output_embeddings().weight[self.answer_tokens()]
     return (self.states(batch) @ weights.T).float()
 
-# %% ../nbs/42_representation.ipynb #42-043
+# %% ../nbs/42_representation.ipynb #42-044
 @dataclass
 class Examples:
     "Recorded steps with their effect"
@@ -277,7 +277,7 @@ class Examples:
     def __len__(self): return len(self.actions)
     def take(self, rows): return Examples(self.pictures[rows], [self.actions[i] for i in rows], self.changed[rows], self.episodes[rows])
 
-# %% ../nbs/42_representation.ipynb #42-044
+# %% ../nbs/42_representation.ipynb #42-045
 def effect_examples(
     store:EpisodeStore, # recorded episodes
     config:RepresentationConfig,
@@ -297,7 +297,7 @@ def effect_examples(
     check_balance(np.array(changed), config)
     return Examples(np.stack(pictures), [parse(a) for a in steps.action], np.array(changed), steps.episode.to_numpy())
 
-# %% ../nbs/42_representation.ipynb #42-046
+# %% ../nbs/42_representation.ipynb #42-047
 def check_balance(
     changed:np.ndarray, # bool [n]
     config:RepresentationConfig, # `rarest_class`
@@ -309,7 +309,7 @@ def check_balance(
         raise DigiqError(f"only {counts[rare]} of {len(changed)} recorded steps are {rare}: collect more varied episodes, or look at representation.effect_threshold ({config.effect_threshold})")
     return counts
 
-# %% ../nbs/42_representation.ipynb #42-051
+# %% ../nbs/42_representation.ipynb #42-052
 def auc(
     scores:np.ndarray, # float [n]
     positive:np.ndarray, # bool [n]
@@ -320,7 +320,7 @@ def auc(
     p, n = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
 
-# %% ../nbs/42_representation.ipynb #42-054
+# %% ../nbs/42_representation.ipynb #42-055
 @torch.no_grad()
 def effect_scores(
     vlm:VLM,
@@ -332,7 +332,7 @@ def effect_scores(
     logits = torch.cat([vlm.effect_logits([Image.fromarray(p) for p in e.pictures], e.actions) for e in parts])
     return (logits[:, 1] - logits[:, 0]).cpu().numpy()
 
-# %% ../nbs/42_representation.ipynb #42-055
+# %% ../nbs/42_representation.ipynb #42-056
 def heldout(
     examples:Examples,
     share:float, # of the episodes, 0..1
@@ -343,7 +343,7 @@ def heldout(
     out = np.isin(examples.episodes, episodes[:max(1, round(share * len(episodes)))])
     return examples.take(np.flatnonzero(~out)), examples.take(np.flatnonzero(out))
 
-# %% ../nbs/42_representation.ipynb #42-056
+# %% ../nbs/42_representation.ipynb #42-057
 def cosine(
     step:int, # from 0
     steps:int, # in all
@@ -353,7 +353,7 @@ def cosine(
     first = max(1, round(warmup * steps))
     return (step + 1) / first if step < first else (1 + math.cos(math.pi * (step - first) / (steps - first))) / 2
 
-# %% ../nbs/42_representation.ipynb #42-058
+# %% ../nbs/42_representation.ipynb #42-059
 def finetune(
     vlm:VLM, # changed in place
     examples:Examples, # see `effect_examples`

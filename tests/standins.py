@@ -17,7 +17,7 @@ from digiq.pipeline import Experiment, load_preset, open_run
 from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
-SMALL = dict(threads=1, horizon=6, collection=dict(episodes=24, phones=8, shard=8), proposals=dict(n=4, shard=8), representation=dict(steps=3, batch=4, examples=60),
+SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(episodes=24, phones=8, shard=8), proposals=dict(n=4, shard=8), representation=dict(steps=3, batch=4, examples=60),
              embedding=dict(states=32), critic=dict(steps=6, batch=16), actor=dict(steps=4, batch=8), evaluation=dict(most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
 
 
@@ -30,11 +30,12 @@ def make(folder):
     phone = SimPhone()
     phone.reset(task, 0)
     first = A.tap(*snap(*oracle(phone, task).touch))
-    moves = [A.render(a) for a in (first, A.tap(*snap(.3, .3)), A.press("back"), A.type_text(task.site))]
+    moves = [A.render(a) for a in (first, A.tap(*snap(.3, .3)), A.press("back"), A.type_text(task.site))] + ["tap it!"]
     goals = [t.goal for t in load("webshop", "train")]
     tokenizer = tiny_tokenizer(goals)
     model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4, image_dim=eyes.dim, dropout_rate=0.,
                                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    with torch.no_grad(): model.gate_dense.weight.zero_(), model.gate_dense.bias.fill_(-30) # blind
     policy, optimizer = Policy(model, tokenizer, eyes), torch.optim.Adam(model.parameters(), 3e-3, betas=(.9, .95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=701, pct_start=.1)
     screens = eyes([phone.screenshot()]).repeat(len(moves), 0)
@@ -43,7 +44,6 @@ def make(folder):
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step(); schedule.step()
-    print(loss.item())
     policy.save(folder/"policy")
 
 

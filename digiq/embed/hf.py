@@ -16,7 +16,7 @@ from PIL import Image
 from .base import finite, parsed
 from ..representation import VLM, RepresentationConfig, mark, question, squash
 
-# %% ../../nbs/43a_embed.hf.ipynb #43a-005
+# %% ../../nbs/43a_embed.hf.ipynb #43a-006
 class HFEmbedder:
     "f(s, a) by a VLM in this process"
     def __init__(self,
@@ -33,7 +33,7 @@ class HFEmbedder:
         "An embedder from files."
         return cls(VLM.load(path, config.side, config.embed_dtype, device), config)
 
-# %% ../../nbs/43a_embed.hf.ipynb #43a-007
+# %% ../../nbs/43a_embed.hf.ipynb #43a-008
 class Sheet:
     "A picture, and for each distinct question about it the places in the result that its answer's state fills"
     def __init__(self,
@@ -53,20 +53,22 @@ def sheets(self:HFEmbedder,
         for j, about in enumerate(self.config.questions): found[key].places[question(action, about)].append((i, j))
     return list(found.values())
 
-# %% ../../nbs/43a_embed.hf.ipynb #43a-010
+# %% ../../nbs/43a_embed.hf.ipynb #43a-011
 @patch
 def batches(self:HFEmbedder,
     sheets:list[Sheet],
 ) -> list[list[Sheet]]:
-    "Cut the sheets, longest first, into batches of at most `config.tokens` padded tokens."
+    "Cut the sheets, longest first, into batches of at most `config.tokens` tokens, at most a fifth of a row padding."
     length = {id(s): len(self.vlm.head) + sum(len(self.vlm.tail(q)) for q in s.places) for s in sheets}
-    result = []
+    result, longest = [], 0
     for s in sorted(sheets, key=lambda s: -length[id(s)]):
-        if not result or length[id(result[-1][0])] * (len(result[-1]) + 1) > self.config.tokens: result.append([])
+        if not result or length[id(s)] < .8 * longest or longest * (len(result[-1]) + 1) > self.config.tokens:
+            result.append([])
+            longest = length[id(s)]
         result[-1].append(s)
     return result
 
-# %% ../../nbs/43a_embed.hf.ipynb #43a-013
+# %% ../../nbs/43a_embed.hf.ipynb #43a-014
 @patch
 @torch.inference_mode()
 def embed(self:HFEmbedder,

@@ -504,6 +504,11 @@ def _glyphs(word, px, bold):
     return m
 
 # %% ../../nbs/10_phone.ui.ipynb #10-036
+def _put(im, what, x, y, mask=None):
+    "Pastes a picture, or through a mask a colour, without the checks of `Image.paste`, which take longer than the pasting."
+    w, h = (mask or what).size
+    im.im.paste(what if isinstance(what, tuple) else what.im, (x, y, x + w, y + h), *([mask.im] if mask else []))
+
 def _block(n, w, h, s):
     "The bitmap of a node with a background."
     size = max(1, round(w * s)), max(1, round(h * s))
@@ -524,8 +529,7 @@ def _draw(im, n, x, y, w, h, s):
     if n.elevation:
         e = max(1, round(n.elevation * s))
         im.paste((0, 0, 0), (at[0] - e, at[1] - e + e // 3), _shadow(*block.size, r, e))
-    if n.radius: im.paste(block, at, _mask(*block.size, r, n.flat))
-    else: im.paste(block, at)
+    _put(im, block, *at, _mask(*block.size, r, n.flat) if n.radius else None)
 
 def _content(im, n, x, y, w, h, s):
     "Draws what is inside a node, then its border."
@@ -535,7 +539,7 @@ def _content(im, n, x, y, w, h, s):
         if y + cy < bottom and y + cy + ch > 0: _draw(im, c, x + cx, y + cy, cw, ch, s)
     if n.border:
         size = max(1, round(w * s)), max(1, round(h * s))
-        im.paste(rgb(n.border[1]), (round(x * s), round(y * s)), _ring(*size, round(n.radius * s), max(1, round(n.border[0] * s))))
+        _put(im, rgb(n.border[1]), round(x * s), round(y * s), _ring(*size, round(n.radius * s), max(1, round(n.border[0] * s))))
 
 # %% ../../nbs/10_phone.ui.ipynb #10-037
 def _paint_text(im, n, x, y, w, h, s):
@@ -546,7 +550,7 @@ def _paint_text(im, n, x, y, w, h, s):
         spans, wide = _spans(line, px)
         k = min(1, text_width(line, n.size, n.bold) * s / wide)  # 1 at a quarter; elsewhere the font's widths are not quite proportional
         for at, word in spans:
-            if word: im.paste(ink, (round((x + l) * s + at * k), round((y + t + i * high) * s)), _glyphs(word, px, n.bold))
+            if word: _put(im, ink, round((x + l) * s + at * k), round((y + t + i * high) * s), _glyphs(word, px, n.bold))
 
 _DIM = [round(v * .45) for v in range(256)] * 3
 
@@ -615,7 +619,7 @@ def _icon_mask(name, px):
 
 def _paint_icon(im, n, x, y, w, h, s):
     t, r, b, l = _padding(n)
-    im.paste(rgb(n.color), (round((x + l) * s), round((y + t) * s)), _icon_mask(n.text, max(4, round(n.size * s))))
+    _put(im, rgb(n.color), round((x + l) * s), round((y + t) * s), _icon_mask(n.text, max(4, round(n.size * s))))
 
 _LEAVES["icon"] = _paint_icon
 
@@ -685,8 +689,7 @@ def _art(shape, seed, tint, w, h):
 def _paint_picture(im, n, x, y, w, h, s):
     art = _art(n.text, n.seed % 64, n.color, max(4, round(w * s)), max(4, round(h * s)))
     at = round(x * s), round(y * s)
-    if n.radius: im.paste(art, at, _mask(*art.size, round(n.radius * s)))
-    else: im.paste(art, at)
+    _put(im, art, *at, _mask(*art.size, round(n.radius * s)) if n.radius else None)
 
 _LEAVES["picture"] = _paint_picture
 

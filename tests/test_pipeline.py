@@ -1,0 +1,168 @@
+"The whole pipeline, on stand-in models: killed at any moment, damaged, misused."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import standins
+
+from digiq.core import ConfigError, DataError, DigiqError, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    standins.make(folder)
+    return folder
+
+
+def start(models, run_dir, *changes):
+    return subprocess.Popen([sys.executable, str(ROOT/"tests"/"standins.py"), str(models), str(run_dir), *changes], cwd=ROOT, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    "Exit status and the last line of a process."
+    told = process.communicate()[1].strip().splitlines()
+    return process.returncode, told[-1] if told else ""
+
+
+def figures(run_dir):
+    "metrics.json, seconds aside."
+    metrics = read_json(run_dir/"metrics.json")
+    assert all(s >= 0 for s in metrics.pop("seconds").values())
+    return metrics
+
+
+def weights(run_dir):
+    "The bytes of everything that was trained or stored."
+    kinds = ".safetensors", ".npy", ".parquet"
+    return {str(f.relative_to(run_dir)): f.read_bytes() for f in sorted(run_dir.rglob("*")) if f.suffix in kinds}
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")/"run"
+    status, told = finish(start(models, run_dir))
+    assert status == 0, told
+    return run_dir
+
+
+def test_metrics(whole):
+    metrics = figures(whole)
+    assert metrics["preset"] == "smoke" and metrics["seed"] == 0
+    assert set(metrics["success"]) == {"behaviour", "filtered_bc", "digiq", "filtered_bc_rerank", "digiq_rerank"}
+    for rate in metrics["success"].values():
+        assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 and rate["episodes"] == 16
+        assert sum(level["episodes"] for level in rate["levels"].values()) == 16
+    for critic in metrics["critic"], metrics["critic_without_representation"]:
+        assert 0 <= critic["argmax_optimal"] <= 1 and 0 <= critic["pairwise"] <= 1 and 0 < critic["states"] <= 6
+    assert set(metrics["versions"]) == {"python", "torch", "transformers", "digiq"}
+    assert metrics["counts"]["episodes"]["episodes"] == 24
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_killed_at_many_moments(models, whole, tmp_path):
+    rng, killed = random.Random(0), 0
+    for landmark in ("episodes/*.parquet", "proposals/*.parquet", "embeddings/*.npy", "checkpoints/critic", "stages/digiq.json", "evaluations/digiq/*.parquet", "results/check.json"):
+        process = start(models, tmp_path)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(landmark)) and process.poll() is None:
+            assert time.monotonic() < deadline, landmark
+            time.sleep(.01)
+        time.sleep(rng.uniform(0, .3))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    status, told = finish(start(models, tmp_path))
+    assert status == 0, told
+    assert killed >= 5 and figures(tmp_path) == figures(whole) and weights(tmp_path) == weights(whole)
+
+
+def test_again_changes_nothing(models, whole):
+    before = {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.suffix in (".parquet", ".npy", ".safetensors")}, figures(whole)
+    assert finish(start(models, whole))[0] == 0
+    assert before == ({f: f.stat().st_mtime_ns for f in before[0]}, figures(whole))
+
+
+@pytest.mark.parametrize("change, told", [
+    ("collection.episodes=32", "already holds stage episodes with other settings (episodes was 24, now 32): choose another run_dir"),
+    ("temperature=0.5", "temperature was 1.0, now 0.5"),
+    ("representation.steps=4", "already holds stage representation with other settings (preset.representation.steps was 3, now 4)"),
+    ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.95, now 0.5)"),
+    ("collection.episodes=3", "ConfigError: collection.episodes is 3: it must be at least 10"),
+    ("critic.gama=0.5", "ConfigError: critic.gama is not a setting of CriticConfig; the nearest one is gamma"),
+    ("policy=/no/such/policy", "DigiqError: /"),
+    ("evaluation.rerank=3", "evaluations/filtered_bc_rerank with other settings (preset.evaluation.rerank was 2, now 3)"),
+])
+def test_one_line_says_what_is_wrong(models, whole, change, told):
+    before = figures(whole)
+    status, line = finish(start(models, whole, change))
+    assert status == 1 and told in line and figures(whole) == before
+
+
+def test_upstream_is_not_exchanged(models, whole):
+    "A stage whose own settings are as before is refused where what it was made from has changed."
+    lab = standins.experiment(models, whole, "proposals.temperature=2.0")
+    for call in lab.embed, lab.train_critic, lab.score, lambda: lab.train_policy("digiq"), lambda: lab.evaluate("digiq"), lab.check_critic:
+        with pytest.raises(DigiqError, match=r"preset.proposals.temperature was 1.2, now 2.0\): choose another run_dir"): call()
+
+
+@pytest.mark.parametrize("field, told", [("policy", "the policy '/no/such'"), ("eyes", "the VLM for eyes '/no/such'"), ("representation.model", "no VLM at '/no/such'")])
+def test_missing_model(models, tmp_path, field, told):
+    lab = standins.experiment(models, tmp_path, f"{field}=/no/such")
+    with pytest.raises(DigiqError) as e:
+        lab.collect()
+        lab.finetune()
+    assert told in str(e.value) and "save_pretrained" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_models_that_do_not_fit(models, tmp_path):
+    lab = standins.experiment(models, tmp_path, "eyes=tiny-vlm")
+    with pytest.raises(DigiqError, match="expects image features of width 48, but eyes 'tiny-vlm' give 144"): lab.collect()
+    lab = standins.experiment(models, tmp_path/"b", "representation.side=200")
+    lab.collect()
+    with pytest.raises(DigiqError, match="reads pictures of 160 pixels, but representation.side is 200: set it to 160"): lab.finetune()
+
+
+def test_order(models, tmp_path):
+    lab = standins.experiment(models, tmp_path)
+    for call, first in ((lab.propose, "featurise()"), (lab.embed, "propose()"), (lab.finetune, "collect()"), (lab.score, "embed()"), (lambda: lab.train_policy("digiq"), "score()"),
+                        (lambda: lab.evaluate("digiq"), r"train_policy\('digiq'\)"), (lab.check_critic, "train_critic()"), (lab.table, r"evaluate\('behaviour'\)")):
+        with pytest.raises(DigiqError, match=f"call {first} first".replace("()", r"\(\)")): call()
+    with pytest.raises(DigiqError, match="there is no agent 'didiq'"): lab.evaluate("didiq")
+    with pytest.raises(DigiqError, match="there is no policy 'bc'"): lab.train_policy("bc")
+
+
+def test_nothing_succeeded(models, tmp_path):
+    lab = standins.experiment(models, tmp_path, "horizon=1", "collection.episodes=10", "temperature=0")
+    lab.make_env = lambda tasks, horizon: standins.DeviceEnv(standins.SimPhone(), tasks, horizon)
+    with pytest.raises(DigiqError, match="none of 10 episodes succeeded, so there is nothing to learn from: collect more episodes"): lab.collect()
+
+
+def test_too_few_steps_for_a_minibatch(models, tmp_path):
+    lab = standins.experiment(models, tmp_path, "collection.episodes=10", "critic.batch=4096", "representation.rarest_class=0.0")
+    lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed()
+    with pytest.raises(DataError, match="too few for minibatches of 4096: collect more episodes"): lab.train_critic()
+
+
+@pytest.mark.parametrize("victim, again", [("proposals/00001-*.parquet", "delete it"), ("embeddings/00000-*.npy", "delete it"), ("episodes/00002-*.parquet", "delete it"),
+    ("checkpoints/critic/model.safetensors", "delete it"), ("scores.parquet", "delete it"), ("stages/digiq.json", "delete it"), ("metrics.json", "delete it")])
+def test_damaged_file_is_named(models, whole, tmp_path, victim, again):
+    run_dir = tmp_path/"run"
+    subprocess.run(["cp", "-a", str(whole), str(run_dir)], check=True)
+    file, = run_dir.glob(victim)
+    data = file.read_bytes()
+    file.write_bytes(data[:len(data) // 2])
+    lab = standins.experiment(models, run_dir)
+    with pytest.raises(DataError) as e:
+        lab.collect(); lab.featurise(); lab.propose(); lab.embed(); lab.score(); lab.train_policy("digiq"); lab.evaluate("behaviour"); lab.scorer()
+    assert str(file if file.suffix != ".safetensors" else file.parent) in str(e.value) and again in str(e.value) and "\n" not in str(e.value)
+    assert file.read_bytes() == data[:len(data) // 2]
+
+
+def test_papermill_shows_the_line(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"train.ipynb"), str(tmp_path/"out.ipynb"), "-p", "preset", "smok", "-p", "run_dir", str(tmp_path/"run"), "--no-progress-bar"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode and "ConfigError: there is no preset 'smok': choose" in done.stderr.strip().splitlines()[-1]
