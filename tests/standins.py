@@ -1,10 +1,4 @@
-"""Base models that know nothing, made in seconds, and the whole pipeline on them with a goal that is easily reached.
-
-    python tests/standins.py MODELS RUN_DIR [FIELD=VALUE ...]   # runs every stage; 'critic.steps=5' changes a setting
-"""
-import sys
-from pathlib import Path
-
+"Base models that know nothing, made in seconds, and the whole pipeline on them with a goal that is easily reached."
 import torch
 import yaml
 
@@ -13,7 +7,7 @@ from digiq.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
 from digiq.core import DigiqError, progress, seed_all
 from digiq.env import DeviceEnv, prompt
 from digiq.phone import SimPhone, oracle
-from digiq.pipeline import Experiment, load_preset, open_run
+from digiq.pipeline import Experiment, load_preset
 from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
@@ -73,7 +67,8 @@ def run(lab):
     return lab
 
 
-if __name__ == "__main__":
-    models, run_dir, *changes = sys.argv[1:]
-    try: run(experiment(Path(models), Path(run_dir), *changes))
-    except DigiqError as e: sys.exit(f"{type(e).__name__}: {e}")
+def run_and_tell(models, run_dir, told, *changes):
+    "Run in a process of its own; write what went wrong, or nothing, to the file `told`."
+    try: run(experiment(models, run_dir, *changes))
+    except DigiqError as e: told.write_text(f"{type(e).__name__}: {e}")
+    else: told.write_text("")
