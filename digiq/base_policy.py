@@ -32,10 +32,10 @@ class BasePolicyConfig:
     layers: int = 2           # of the encoder, and of the decoder
     vocabulary: int = 700     # tokens
     demos: int = 500          # demonstrations
-    slips: float = 0.3        # share of steps on which the demonstrator's hand slips
-    steps: int = 1000         # minibatches
+    slips: float = 0.25       # share of steps on which the demonstrator's hand slips
+    steps: int = 1500         # minibatches
     batch: int = 64           # examples a minibatch
-    copy_share: float = 0.4   # share of a minibatch that is about copying
+    copy_share: float = 0.5   # share of a minibatch that is about copying
     lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 1e-2   # Muon's, for the weight matrices of the layers
 
@@ -138,6 +138,7 @@ def make_base_policy(
         return ([c[0] for c in copies] + [prompts[r] for r in rows], np.concatenate([blank.repeat(n, 0), features[rows]]), [c[1] for c in copies] + [actions[r] for r in rows])
     losses = _learn(policy, batch, cfg)
     policy.model.eval()
+    policy.model.generation_config.max_new_tokens = 32 # its tokens are long
     return policy, losses
 
 # %% ../nbs/46_base_policy.ipynb #46-014
@@ -211,7 +212,7 @@ def measure_policy(
     out:Path, # where `ship_policy` wrote it
     episodes:int, # how many
     seed:int=0, # of the episodes
-    temperature:float=0.8 # at which it acts
+    temperature:float=1.0 # at which it acts
 ) -> dict: # share of successful episodes in all, and by level
     "Success of the tiny Auto-UI on validation tasks"
     import tempfile

@@ -26,7 +26,7 @@ class CriticConfig:
     text_dim: int = 64              # width of a "bag" encoder
     products: bool = True           # append products of the goal's encoding with the other texts'
     representation: bool = True     # use f(s, a); False is the ablation "no VLM representation"
-    screen_cells: tuple[int, int] = (5, 2) # rows and columns that patch features are averaged to; (1, 1) for pooled features
+    screen_cells: tuple[int, int] = (3, 1) # rows and columns that patch features are averaged to; (1, 1) for pooled features
     q_hidden: tuple[int, ...] = (256, 256) # widths of the Q heads' hidden layers
     v_hidden: tuple[int, ...] = (256, 256) # widths of the V heads' hidden layers
     dropout: float = 0.1            # of the heads' inputs, 0..1
@@ -35,13 +35,13 @@ class CriticConfig:
     aggregate: str = "min"          # of the heads: "min", "mean" or "max"
     target: str = "td"              # "td": bootstrapped; "mc": Monte-Carlo return
     v_action: str = "recorded"      # action in the target of V: "recorded", or "proposal": drawn from the candidates
-    gamma: float = 0.95             # discount a step, 0..1
-    tau: float = 0.05               # share of the critic that enters the target network at an update
+    gamma: float = 0.8              # discount a step, 0..1
+    tau: float = 0.1                # share of the critic that enters the target network at an update
     tau_every: int = 1              # steps between updates of the target network
     lr: float = 1e-3                # Adam's learning rate
     weight_decay: float = 1e-4      # decoupled, AdamW
     clip: float = 1.0               # largest norm of the gradient
-    steps: int = 1500               # minibatches
+    steps: int = 1200               # minibatches
     batch: int = 128                # transitions a minibatch
 
     def __post_init__(self):
@@ -130,8 +130,28 @@ class Critic(nn.Module):
         q_in = v_in + (3 if cfg.products else 2)*d + (rep_dim if cfg.representation else 0)
         self.q_heads = Heads([q_in, *cfg.q_hidden, out], cfg.heads, cfg.dropout)
         self.v_heads = Heads([v_in, *cfg.v_hidden, out], cfg.heads, cfg.dropout)
+        for name, d in dict(screens=2*screen_dim, rep=rep_dim).items():
+            self.register_buffer(f"{name}_mean", torch.zeros(d)); self.register_buffer(f"{name}_std", torch.ones(d))
 
-# %% ../nbs/50_critic.ipynb #50-015
+# %% ../nbs/50_critic.ipynb #50-016
+@patch
+@torch.no_grad()
+def prepare(self:Critic,
+    screens:torch.Tensor, # features of both screens in some states, float [n, 2*screen_dim]
+    rep:torch.Tensor, # f(s, a) of some pairs, float [n, rep_dim]
+    value:float # mean return, in 0..1
+):
+    "Standardise features from now on, and start all heads at a value"
+    for name, x in dict(screens=screens, rep=rep).items():
+        getattr(self, f"{name}_mean").copy_(x.float().mean(0)); getattr(self, f"{name}_std").copy_(x.float().std(0).clamp_min(1e-3))
+    value = min(max(value, .01), .99)
+    start = torch.tensor([0., np.log(value/(1 - value))]) if self.cfg.loss == "classification" else torch.tensor([value])
+    for heads in (self.q_heads, self.v_heads): heads.bias[-1].copy_(start.expand_as(heads.bias[-1]))
+
+@patch
+def _standard(self:Critic, name, x): return (x.float() - getattr(self, f"{name}_mean"))/getattr(self, f"{name}_std")
+
+# %% ../nbs/50_critic.ipynb #50-017
 @patch
 def _encode(self:Critic, encoder, rows): # each distinct string once
     distinct, back = rows.unique(return_inverse=True)
@@ -145,9 +165,9 @@ def state(self:Critic,
     goal = self._encode(self.goal_encoder, batch["goal"])
     kind, text = self._encode(self.kind_encoder, batch["previous_kind"]), self._encode(self.text_encoder, batch["previous_text"])
     parts = [goal, kind, text] + ([goal*text] if self.cfg.products else [])
-    return torch.cat([*parts, batch["screens"].float()], 1), goal
+    return torch.cat([*parts, self._standard("screens", batch["screens"])], 1), goal
 
-# %% ../nbs/50_critic.ipynb #50-016
+# %% ../nbs/50_critic.ipynb #50-018
 @patch
 def v(self:Critic,
     batch:dict # a batch of states
@@ -162,10 +182,10 @@ def q(self:Critic,
     "The Q heads"
     state, goal = self.state(batch)
     kind, text = self._encode(self.kind_encoder, batch["kind"]), self._encode(self.text_encoder, batch["text"])
-    parts = [state, kind, text] + ([goal*text] if self.cfg.products else []) + ([batch["rep"].float()] if self.cfg.representation else [])
+    parts = [state, kind, text] + ([goal*text] if self.cfg.products else []) + ([self._standard("rep", batch["rep"])] if self.cfg.representation else [])
     return self.q_heads(torch.cat(parts, 1))
 
-# %% ../nbs/50_critic.ipynb #50-018
+# %% ../nbs/50_critic.ipynb #50-020
 @patch
 def value(self:Critic,
     out:torch.Tensor # a head's outputs, float [heads, batch, out]
@@ -181,7 +201,7 @@ def combine(self:Critic,
     values = self.value(out)
     return dict(min=values.amin, max=values.amax, mean=values.mean)[self.cfg.aggregate](0)
 
-# %% ../nbs/50_critic.ipynb #50-020
+# %% ../nbs/50_critic.ipynb #50-022
 @patch
 def loss(self:Critic,
     out:torch.Tensor, # the heads' outputs, float [heads, batch, out]
@@ -192,7 +212,7 @@ def loss(self:Critic,
     logp = out.log_softmax(-1)
     return -(target*logp[..., 1] + (1 - target)*logp[..., 0]).mean(1).sum()
 
-# %% ../nbs/50_critic.ipynb #50-021
+# %% ../nbs/50_critic.ipynb #50-023
 @patch
 def losses(self:Critic,
     target:Critic, # the slowly moving copy
@@ -206,7 +226,7 @@ def losses(self:Critic,
             y_v = target.combine(target.q(batch["alternative"]))
     return self.loss(self.q(batch), y_q), self.loss(self.v(batch), y_v)
 
-# %% ../nbs/50_critic.ipynb #50-023
+# %% ../nbs/50_critic.ipynb #50-025
 @patch
 def target(self:Critic) -> Critic: # frozen, in evaluation mode
     "A copy to bootstrap from"
@@ -221,7 +241,7 @@ def follow(self:Critic,
     "Move this target network towards the critic"
     for mine, its in zip(self.parameters(), critic.parameters()): mine.lerp_(its, tau)
 
-# %% ../nbs/50_critic.ipynb #50-027
+# %% ../nbs/50_critic.ipynb #50-029
 @patch
 def save(self:Critic,
     path # directory to write

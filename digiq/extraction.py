@@ -29,24 +29,27 @@ class Scores:
 
 # %% ../nbs/51_extraction.ipynb #51-009
 def best(
-    scores:Scores # a table
+    scores:Scores, # a table
+    support:float=0. # how much an action gains by being proposed more often, in units of value; 0 is the paper's rule
 ) -> np.ndarray: # int64 [states with a valid candidate], row of the best one; the first recorded wins a tie
     "The row of each state's best valid candidate"
     rows = np.flatnonzero(scores.valid)
-    order = rows[np.lexsort((rows, -scores.q[rows], scores.state[rows]))]
+    worth = scores.q[rows] + support*np.log(scores.count[rows])
+    order = rows[np.lexsort((rows, -worth, scores.state[rows]))]
     return order[np.unique(scores.state[order], return_index=True)[1]]
 
 # %% ../nbs/51_extraction.ipynb #51-010
 def best_of_n(
     scores:Scores, # a table
-    threshold:float=0. # smallest advantage worth learning from, epsilon
+    threshold:float=0., # smallest advantage worth learning from, epsilon
+    support:float=0. # see `best`
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
     "Imitate the best candidate where it beats the state's value"
-    rows = best(scores)
+    rows = best(scores, support)
     rows = rows[scores.q[rows] - scores.v[rows] > threshold]
     return rows, np.ones(len(rows), np.float32)
 
-# %% ../nbs/51_extraction.ipynb #51-013
+# %% ../nbs/51_extraction.ipynb #51-015
 def sft(
     scores:Scores # a table
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
@@ -61,7 +64,7 @@ def filtered_bc(
     rows = np.flatnonzero(scores.recorded & scores.valid & scores.success)
     return rows, np.ones(len(rows), np.float32)
 
-# %% ../nbs/51_extraction.ipynb #51-016
+# %% ../nbs/51_extraction.ipynb #51-018
 def awr(
     scores:Scores, # a table
     beta:float=.05, # temperature, in units of value
@@ -79,22 +82,23 @@ def reinforce(
     rows = sft(scores)[0]
     return rows, (scale*(scores.q[rows] - scores.v[rows])).astype(np.float32)
 
-# %% ../nbs/51_extraction.ipynb #51-019
+# %% ../nbs/51_extraction.ipynb #51-021
 @dataclass(frozen=True)
 class ExtractionConfig:
     "From scores to weights"
     method: str = "best_of_n"  # best_of_n, awr, reinforce, sft or filtered_bc
     threshold: float = 0.      # Best-of-N: smallest advantage worth learning from
+    support: float = 0.        # Best-of-N: value of an action's being proposed e times as often, tau
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
 
-# %% ../nbs/51_extraction.ipynb #51-020
+# %% ../nbs/51_extraction.ipynb #51-022
 def weights(
     scores:Scores, # a table
     cfg:ExtractionConfig # the rule and its settings
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; rows of weight 0 are left out
     "What to imitate, and how much. Raises `ConfigError` for a method that does not exist."
-    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
+    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
         sft=lambda: sft(scores), filtered_bc=lambda: filtered_bc(scores))
     if cfg.method not in rules: raise ConfigError(f"extraction.method is {cfg.method!r}: choose one of {', '.join(rules)}")
     rows, w = rules[cfg.method]()

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'open_run',
-           'Nothing', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
+           'readable', 'Nothing', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import hashlib, platform, textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import transformers
 import yaml
 from fastcore.basics import patch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from . import __file__ as package, __version__
@@ -43,7 +45,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=900 # how many
+    episodes:int=500 # how many
     phones:int=64 # played at once
     shard:int=64 # episodes a file; what a killed run loses is at most this
 
@@ -60,9 +62,9 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=64 # played at once
     shard:int=100 # episodes a file
-    rerank:int=8 # samples that re-ranking chooses from
-    states:int=300 # that differ in their candidates, for the check of the critic
-    returns:int=1000 # recorded steps, for the reliability of the critic
+    rerank:int=4 # samples that re-ranking chooses from
+    states:int=200 # that differ in their candidates, for the check of the critic
+    returns:int=600 # recorded steps, for the reliability of the critic
 
 # %% ../nbs/65_pipeline.ipynb #65-007
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def made_from(
     if stage in RULES: return STAGES["policy"]
     if stage.startswith("evaluations/"):
         agent = stage.removeprefix("evaluations/")
-        return ((agent,), ()) if agent in RULES else ((agent.removesuffix("_rerank"),) * (agent != "behaviour_rerank") + ("critic",), ("evaluation",))
+        return ((agent,), ()) if agent in RULES else ((agent.removesuffix("_rerank"),) * (agent != "behaviour_rerank") + ("critic",), ("extraction", "evaluation"))
     return STAGES["critic" if stage.startswith("critic") else "check"]
 
 def lineage(
@@ -331,6 +333,14 @@ def checkpoint(self:Experiment,
     self.note()
     return report
 
+@contextmanager
+def readable(
+    path:Path, # of a file or directory that a stage wrote
+): # the path
+    "Read something. Raises `DataError` naming it where it is damaged."
+    try: yield path
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e: raise DataError(f"{path} is damaged ({str(e).splitlines()[0]}): delete it and run its stage again") from None
+
 @patch
 def result(self:Experiment,
     name:str, # of the stage and the file
@@ -364,7 +374,8 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
 def embedder(self:Experiment) -> HFEmbedder:
     "The fine-tuned VLM."
     self.require("representation")
-    return HFEmbedder.load(str(self.path/"checkpoints"/"representation"), self.preset.representation, self.preset.device)
+    with readable(self.path/"checkpoints"/"representation") as path:
+        return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
 # %% ../nbs/65_pipeline.ipynb #65-040
 @patch
@@ -415,10 +426,7 @@ def load_critic(self:Experiment,
 ) -> Critic:
     "A trained critic. Raises `DataError` where its files are damaged or do not fit."
     self.require(name)
-    path = self.path/"checkpoints"/name
-    try: return Critic.load(path, texts).to(self.preset.device)
-    except (DigiqError, OSError): raise
-    except Exception as e: raise DataError(f"{path} is damaged ({type(e).__name__}): delete it and stages/{name}.json, and run the stage again") from None
+    with readable(self.path/"checkpoints"/name) as path: return Critic.load(path, texts).to(self.preset.device)
 
 class Nothing:
     "Stands in for f(s, a) where a critic does not look at it"
@@ -437,14 +445,14 @@ def scorer(self:Experiment,
 def score(self:Experiment) -> Scores:
     "Q and V of every candidate of every state."
     path = self.path/"scores.parquet"
+    self.require("critic")
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
             scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
-        try: columns = pd.read_parquet(path)
-        except (OSError, ValueError) as e: raise DataError(f"{path} is damaged: delete it and run the stage again") from None
+        with readable(path): columns = pd.read_parquet(path)
         scores = Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
         stage.counts |= dict(candidates=len(scores), learned_from=len(extraction.weights(scores, self.preset.extraction)[0]))
     self.note()
@@ -479,9 +487,9 @@ def agent(self:Experiment,
     if plain == "behaviour": policy = self.behaviour
     elif plain in RULES:
         self.require(plain)
-        policy = self.load_policy((self.path/"checkpoints"/plain).absolute())
+        with readable((self.path/"checkpoints"/plain).absolute()) as path: policy = self.load_policy(path)
     else: raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank")
-    return policy if plain == name else Reranker(policy, self.scorer(), self.preset.evaluation.rerank)
+    return policy if plain == name else Reranker(policy, self.scorer(), self.preset.evaluation.rerank, self.preset.extraction.support)
 
 @patch
 def evaluate(self:Experiment,

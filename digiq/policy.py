@@ -168,10 +168,10 @@ class Policy:
         tokenizer, # a `transformers` tokenizer
         eyes:ImageEncoder, # pictures to features; None when features are always given
         max_length:int=512, # tokens of a prompt, cut from the left
-        max_new_tokens:int=128 # tokens of an answer
+        max_new_tokens:int=None # tokens of an answer; None is what the model's generation settings say, or 128
     ):
         self.model, self.tokenizer, self.eyes = model, tokenizer, eyes
-        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens or model.generation_config.max_new_tokens or 128
 
     @property
     def device(self): return self.model.device

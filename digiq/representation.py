@@ -33,10 +33,10 @@ class RepresentationConfig:
     dtype: str = "float32"          # of weights in fine-tuning: "float32" or "bfloat16"
     embed_dtype: str = "bfloat16"   # of weights when embedding; bfloat16 is faster where the processor knows it
     effect_threshold: float = 30.   # mean squared difference (0-255 scale, quarter size) above which a screen has changed
-    examples: int = 4000            # at most so many recorded steps are used
+    examples: int = 1600            # at most so many recorded steps are used
     heldout: float = 0.2            # share of the episodes held out for the AUC, 0..1
     rarest_class: float = 0.01      # smallest share that changed and unchanged steps must each have, 0..1
-    steps: int = 240                # minibatches of fine-tuning
+    steps: int = 100                # minibatches of fine-tuning
     batch: int = 32                 # examples a minibatch
     lr: float = 5e-4                # highest learning rate
     warmup: float = 0.03            # share of the steps with a rising learning rate, then cosine, 0..1

@@ -77,8 +77,9 @@ class Reranker:
     def __init__(self,
         policy:Policy, # who proposes
         scorer:Scorer, # who chooses
-        n:int=8 # samples a state
-    ): self.policy, self.scorer, self.n = policy, scorer, n
+        n:int=8, # samples a state
+        support:float=0. # as in `digiq.extraction.best`
+    ): self.policy, self.scorer, self.n, self.support = policy, scorer, n, support
 
     def act(self,
         goals:Sequence[str], # what to do
@@ -91,4 +92,5 @@ class Reranker:
         "The best of n samples by Q; the policy's first sample where none is valid"
         names = self.policy.act(goals, histories, screens, before, self.n, temperature)
         q, _ = self.scorer(goals, histories, screens, before, names)
-        return [[some[int(np.argmax(values))]] for some, values in zip(names, q)]
+        worth = [values + self.support*np.log([some.count(a) for a in some]) for some, values in zip(names, q)]
+        return [[some[int(np.argmax(w))]] for some, w in zip(names, worth)]

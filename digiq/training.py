@@ -200,6 +200,9 @@ def fit_critic(
     seed_all(seed, "critic")
     rng = np.random.default_rng(derive_seed(seed, "critic"))
     critic = Critic(cfg, data.texts.tokens(tokenizer).to(device), len(tokenizer), data.screen.shape[1], data.reps[np.zeros(1, int)].shape[1]).to(device)
+    some, pairs = rng.integers(len(data), size=4096), rng.integers(len(data.pair_rep), size=4096)
+    happened = np.where(data.togo >= 0, cfg.gamma**np.maximum(data.togo, 0), 0)
+    critic.prepare(data.states(some, device)["screens"], data.actions(pairs, device)["rep"], happened.mean())
     target = critic.target()
     opt = torch.optim.AdamW(critic.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=.05)
@@ -241,8 +244,8 @@ def _chunks(n, size): return [np.arange(i, min(i + size, n)) for i in range(0, n
 class ActorConfig:
     "Weighted imitation"
     lr: float = 3e-4           # Adam's learning rate, cosine to zero
-    steps: int = 600           # minibatches
-    batch: int = 64            # states a minibatch
+    steps: int = 400           # minibatches
+    batch: int = 32            # states a minibatch
     clip: float = 1.0          # largest norm of the gradient
     weight_decay: float = 0.01 # decoupled, AdamW
 

@@ -21,6 +21,15 @@ forks = multiprocessing.get_context("forkserver") # imports torch once for all p
 forks.set_forkserver_preload(["standins"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def paths():
+    "What the server of forks needs in order to find its modules."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT/"tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def start(models, run_dir, *changes):
     "Run every stage in a process of its own, which can be killed."
     run_dir.mkdir(exist_ok=True)
@@ -130,7 +139,7 @@ def test_models_that_do_not_fit(models, tmp_path):
 
 def test_order(models, tmp_path):
     lab = standins.experiment(models, tmp_path)
-    for call, first in ((lab.propose, "featurise()"), (lab.embed, "propose()"), (lab.finetune, "collect()"), (lab.score, "embed()"), (lambda: lab.train_policy("digiq"), "score()"),
+    for call, first in ((lab.propose, "featurise()"), (lab.embed, "propose()"), (lab.finetune, "collect()"), (lab.train_critic, "embed()"), (lab.score, "train_critic()"), (lambda: lab.train_policy("digiq"), "score()"),
                         (lambda: lab.evaluate("digiq"), r"train_policy\('digiq'\)"), (lab.check_critic, "train_critic()"), (lab.table, r"evaluate\('behaviour'\)")):
         with pytest.raises(DigiqError, match=f"call {first} first".replace("()", r"\(\)")): call()
     with pytest.raises(DigiqError, match="there is no agent 'didiq'"): lab.evaluate("didiq")
@@ -150,7 +159,7 @@ def test_too_few_steps_for_a_minibatch(models, tmp_path):
 
 
 @pytest.mark.parametrize("victim, again", [("proposals/00001-*.parquet", "delete it"), ("embeddings/00000-*.npy", "delete it"), ("episodes/00002-*.parquet", "delete it"),
-    ("checkpoints/critic/model.safetensors", "delete it"), ("scores.parquet", "delete it"), ("stages/digiq.json", "delete it"), ("metrics.json", "delete it")])
+    ("checkpoints/critic/model.safetensors", "delete it"), ("checkpoints/representation/model.safetensors", "delete it"), ("checkpoints/digiq/model.safetensors", "delete it"), ("scores.parquet", "delete it"), ("stages/digiq.json", "delete it"), ("metrics.json", "delete it")])
 def test_damaged_file_is_named(models, whole, tmp_path, victim, again):
     run_dir = tmp_path/"run"
     shutil.copytree(whole, run_dir)
@@ -159,7 +168,7 @@ def test_damaged_file_is_named(models, whole, tmp_path, victim, again):
     file.write_bytes(data[:len(data) // 2])
     lab = standins.experiment(models, run_dir)
     with pytest.raises(DataError) as e:
-        lab.collect(); lab.featurise(); lab.propose(); lab.embed(); lab.score(); lab.train_policy("digiq"); lab.evaluate("behaviour"); lab.scorer()
+        lab.collect(); lab.featurise(); lab.propose(); lab.embed(); lab.score(); lab.train_policy("digiq"); lab.evaluate("behaviour"); lab.evaluate("digiq"); lab.scorer()
     assert str(file if file.suffix != ".safetensors" else file.parent) in str(e.value) and again in str(e.value) and "\n" not in str(e.value)
     assert file.read_bytes() == data[:len(data) // 2]
 
