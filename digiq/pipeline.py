@@ -195,7 +195,7 @@ def fingerprint(
     "Tell a model from another of the same name."
     folder, digest = Path(model_path(name)), hashlib.blake2b(digest_size=4)
     if not folder.is_dir(): return name
-    for f in sorted(p for p in folder.iterdir() if p.is_file()):
+    for f in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")):
         with open(f, "rb") as file: digest.update(f"{f.name} {f.stat().st_size}".encode() + file.read(1 << 20))
     return f"{name} ({digest.hexdigest()})"
 
@@ -586,12 +586,12 @@ def draw_candidates(
     for rank, i in enumerate(np.argsort(-q)):
         a, colour = parse(actions[i]), colours.to_rgba(q[i] - v)
         y, x = a.touch
-        if a.is_swipe: ax.annotate("", (a.lift[1]*w, a.lift[0]*h), (x*w, y*h), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2))
+        if a.is_swipe: ax.annotate("", (a.lift[1]*w, a.lift[0]*h), (x*w, y*h), arrowprops=dict(arrowstyle="simple,tail_width=.3,head_width=.9", fc=colour, ec="#222222" if rank else "black", lw=.8 if rank else 2, mutation_scale=14, shrinkA=0, shrinkB=0))
         if a.is_tap and rank == 0: ax.scatter(x*w, y*h, s=150, color="white", edgecolors="black", linewidths=2, zorder=8)
-        if a.is_tap: ax.scatter(x*w, y*h, s=65, color=[colour], edgecolors="white", linewidths=1.2, zorder=9 - rank*.01)
+        if a.is_tap: ax.scatter(x*w, y*h, s=65, color=[colour], edgecolors="#222222", linewidths=.8, zorder=9 - rank*.01)
         if (a.is_tap or a.is_swipe) and rank < 3:
             ax.annotate(f"{q[i]:.2f}", (x*w, y*h), xytext=(7, 6), textcoords="offset points", fontsize=7, zorder=10, bbox=dict(boxstyle="round,pad=.15", fc="white", ec="none", alpha=.85))
-        if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {in_words(a)[:24]}  {q[i]:.2f}")
+        if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {q[i]:.2f}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
 # %% ../nbs/65_pipeline.ipynb #65-057
@@ -601,7 +601,7 @@ def small_picture(
     "A figure as a picture that does not weigh a notebook down."
     import matplotlib.pyplot as plt
     figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(128)
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     plt.close(figure)
     return picture
 
@@ -615,7 +615,7 @@ def draw_states(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     most = max(.02, *(np.abs(some - value).max() for some, value in zip(q, v)))
-    colours = ScalarMappable(Normalize(-most, most), "PRGn")
+    colours = ScalarMappable(Normalize(-most, most), plt.get_cmap("PRGn", 21))
     figure, axes = plt.subplots(1, len(found), figsize=(1.75*len(found) + .8, 5), layout="constrained", squeeze=False, dpi=100)
     for ax, p, some, value in zip(axes[0], found, q, v): draw_candidates(ax, p.screen, p.goal, p.candidates, some, value, colours)
     figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
@@ -664,7 +664,7 @@ def draw_curves(self:Experiment) -> Image.Image:
     for name in RULES:
         if name in reports: right.plot(smooth(reports[name]["history"]), color=evaluation.COLOURS.get(name), label=name)
     for ax, title in zip((left, middle, right), ("yes/no fine-tuning", "critic", "policies, −log π(a|s)")):
-        ax.set_title(title, fontsize=10); ax.set_xlabel("minibatch"); ax.spines[["top", "right"]].set_visible(False)
+        ax.set_visible(bool(ax.lines)); ax.set_title(title, fontsize=10); ax.set_xlabel("minibatch"); ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     return small_picture(figure)
 

@@ -11,8 +11,8 @@ from digiq.pipeline import Experiment, load_preset
 from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
-SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(episodes=24, phones=8, shard=8), proposals=dict(n=4, shard=8), representation=dict(steps=3, batch=4, examples=60),
-             embedding=dict(states=32), critic=dict(steps=6, batch=16), actor=dict(steps=4, batch=8), evaluation=dict(most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
+SMALL = dict(threads=1, horizon=6, disturbance=0., temperature=1., collection=dict(episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),
+             embedding=dict(states=32), critic=dict(steps=6, batch=16, gamma=.9), actor=dict(steps=4, batch=8), evaluation=dict(most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
 
 
 def make(folder):

@@ -102,7 +102,7 @@ def test_again_changes_nothing(models, whole):
     ("collection.episodes=32", "already holds stage episodes with other settings (episodes was 24, now 32): choose another run_dir"),
     ("temperature=0.5", "temperature was 1.0, now 0.5"),
     ("representation.steps=4", "already holds stage representation with other settings (preset.representation.steps was 3, now 4)"),
-    ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.95, now 0.5)"),
+    ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.9, now 0.5)"),
     ("collection.episodes=3", "collection.episodes is 3: it must be at least 10"),
     ("critic.gama=0.5", "critic.gama is not a setting of CriticConfig; the nearest one is gamma"),
     ("evaluation.rerank=3", "evaluations/filtered_bc_rerank with other settings (preset.evaluation.rerank was 2, now 3)"),
