@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import DataError, atomic
+from .core import DataError, atomic, progress, share
 
 # %% ../nbs/30_data.ipynb #30-007
 @lru_cache(maxsize=100_000)
@@ -83,6 +83,20 @@ def paths(self:Shards) -> list[Path]: # the files, in order
     return list(found.values())
 
 # %% ../nbs/30_data.ipynb #30-014
+@patch
+def fill(self:Shards,
+    sizes:list[int], # of all shards, in units that people can count: episodes, pairs, ...
+    make, # (number, told): writes a shard; tells how many more units it has done
+    desc:str, # what is made
+    workers:int=1, # processes at once, see `digiq.core.share`
+    saved=lambda: None, # called after each shard, e.g. a stage's `save`
+):
+    "Make all missing shards, with a progress bar. Raises what `make` raises, and `DigiqError` where a process is killed."
+    if todo := self.missing(len(sizes)):
+        with progress(total=sum(sizes), desc=desc, initial=sum(sizes) - sum(sizes[i] for i in todo)) as bar:
+            share(todo, make, workers, bar.update, saved)
+
+# %% ../nbs/30_data.ipynb #30-017
 EPISODE_COLUMNS = dict(
     episode=pa.int64(), # number of the episode, from 0
     step=pa.int64(), # number of the step, from 0
@@ -99,7 +113,7 @@ EPISODE_COLUMNS = dict(
     error=pa.string(), # why the action was malformed, "" if it was not
     seed=pa.int64()) # of the episode
 
-# %% ../nbs/30_data.ipynb #30-016
+# %% ../nbs/30_data.ipynb #30-019
 def encode_screen(
     screen:Image.Image, # RGB
 ) -> bytes: # lossless WebP
@@ -114,7 +128,7 @@ def decode_screen(
     "The inverse of `encode_screen`."
     return Image.open(io.BytesIO(data)).convert("RGB")
 
-# %% ../nbs/30_data.ipynb #30-019
+# %% ../nbs/30_data.ipynb #30-022
 def _schema(columns, pictures=()):
     def feature(name, tp):
         if name in pictures: return {"_type": "Image"}
@@ -131,7 +145,7 @@ def _parquet(rows, schema, group):
     pq.write_table(pa.Table.from_pylist(rows, schema), out, row_group_size=group, compression="zstd")
     return out.getvalue()
 
-# %% ../nbs/30_data.ipynb #30-021
+# %% ../nbs/30_data.ipynb #30-024
 class StateIndex:
     "Columns of a set of Parquet shards, by (episode, step)."
     def __init__(self,
@@ -145,7 +159,7 @@ class StateIndex:
         self.rows = {state: i for i, state in enumerate(states)}
         if len(self.rows) < len(self.table): raise DataError(f"{paths[0].parent} holds the same episode and step twice")
 
-# %% ../nbs/30_data.ipynb #30-022
+# %% ../nbs/30_data.ipynb #30-025
 @patch
 def row(self:StateIndex, episode, step) -> int: # in the table
     "The row of a state. Raises `DataError` where there is none."
@@ -159,7 +173,7 @@ def place(self:StateIndex, episode, step) -> tuple[Path, int]: # file, and row i
     part = int(np.searchsorted(self.starts, row, "right")) - 1
     return self.paths[part], row - int(self.starts[part])
 
-# %% ../nbs/30_data.ipynb #30-023
+# %% ../nbs/30_data.ipynb #30-026
 class EpisodeStore:
     "Recorded episodes, a row a step, in Parquet shards. Opening checks those that are there."
     def __init__(self,
@@ -173,7 +187,7 @@ class EpisodeStore:
     def __repr__(self): return f"EpisodeStore({str(self.shards.path)!r})"
     def __len__(self): return len(self.index.table["episode"].unique()) # episodes
 
-# %% ../nbs/30_data.ipynb #30-025
+# %% ../nbs/30_data.ipynb #30-028
 def _check_episodes(rows):
     following = None
     for r in rows:
@@ -183,7 +197,7 @@ def _check_episodes(rows):
         following = None if final else (here[0], here[1] + 1)
     if following: raise DataError(f"episode {following[0]} lacks its last row, with the screen on which it ended")
 
-# %% ../nbs/30_data.ipynb #30-026
+# %% ../nbs/30_data.ipynb #30-029
 def _pack(screen):
     if screen is None: return None
     return {"bytes": screen if isinstance(screen, bytes) else encode_screen(screen), "path": None}
@@ -199,13 +213,13 @@ def write_shard(self:EpisodeStore,
     self.__dict__.pop("index", None)
     return self.shards.write(index, _parquet(rows, _schema(EPISODE_COLUMNS, pictures=("screen",)), group=16))
 
-# %% ../nbs/30_data.ipynb #30-030
+# %% ../nbs/30_data.ipynb #30-033
 @patch
 def episodes(self:EpisodeStore) -> pd.DataFrame: # a row a step, every column but `screen`
     "The steps of all episodes, without pictures. Raises `DataError` where a shard is missing or damaged."
     return self.index.table.to_pandas()
 
-# %% ../nbs/30_data.ipynb #30-034
+# %% ../nbs/30_data.ipynb #30-037
 @lru_cache(maxsize=64)
 def _parquet_file(path): return pq.ParquetFile(path, memory_map=True)
 
@@ -224,7 +238,7 @@ def screen(self:EpisodeStore,
     if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
     return decode_screen(data)
 
-# %% ../nbs/30_data.ipynb #30-043
+# %% ../nbs/30_data.ipynb #30-046
 PROPOSAL_COLUMNS = dict(
     episode=pa.int64(),
     step=pa.int64(),
@@ -238,7 +252,7 @@ def distinct(
     first = {a: i for i, a in enumerate(dict.fromkeys(actions))}
     return list(first), [first[a] for a in actions]
 
-# %% ../nbs/30_data.ipynb #30-045
+# %% ../nbs/30_data.ipynb #30-048
 class Proposals:
     "N actions for each recorded state, in Parquet shards. Opening checks those that are there."
     def __init__(self,
@@ -252,7 +266,7 @@ class Proposals:
     def __repr__(self): return f"Proposals({str(self.shards.path)!r})"
     def __len__(self): return len(self.index.table) # states
 
-# %% ../nbs/30_data.ipynb #30-046
+# %% ../nbs/30_data.ipynb #30-049
 @patch
 def write_shard(self:Proposals,
     index:int, # number of the shard
@@ -268,7 +282,7 @@ def table(self:Proposals) -> pd.DataFrame: # episode, step, actions, index
     "All proposals, a row a state."
     return self.index.table.to_pandas()
 
-# %% ../nbs/30_data.ipynb #30-047
+# %% ../nbs/30_data.ipynb #30-050
 @patch
 def actions(self:Proposals,
     episode:int, # a recorded state
@@ -285,7 +299,7 @@ def distinct(self:Proposals,
     "The distinct proposals at a state. Raises `DataError` where there are none."
     return distinct(self.actions(episode, step))
 
-# %% ../nbs/30_data.ipynb #30-051
+# %% ../nbs/30_data.ipynb #30-054
 EMBEDDING_COLUMNS = dict(episode=pa.int64(), step=pa.int64(), action=pa.string())
 
 def _check_features(features, rows):
@@ -293,7 +307,7 @@ def _check_features(features, rows):
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
     if len(bad): raise DataError(f"the embedding of {tuple(rows[bad[0]].values())} is zero or not a finite float16, and so are {len(bad) - 1} others")
 
-# %% ../nbs/30_data.ipynb #30-053
+# %% ../nbs/30_data.ipynb #30-056
 class Embeddings:
     "f(s, a) for distinct (state, action) pairs: float16 [n, d] on disk, a row a pair. Opening checks the shards that are there."
     def __init__(self,
@@ -310,7 +324,7 @@ class Embeddings:
     def __repr__(self): return f"Embeddings({str(self.shards.path)!r})"
     def __len__(self): return len(self.index.table) # pairs
 
-# %% ../nbs/30_data.ipynb #30-055
+# %% ../nbs/30_data.ipynb #30-058
 @patch
 def write_shard(self:Embeddings,
     index:int, # number of the shard
@@ -326,7 +340,7 @@ def write_shard(self:Embeddings,
     self.keys.write(index, _parquet(rows, _schema(EMBEDDING_COLUMNS), group=4096))
     return self.shards.write(index, out.getvalue())
 
-# %% ../nbs/30_data.ipynb #30-057
+# %% ../nbs/30_data.ipynb #30-060
 class PairIndex:
     "Which row is for which (state, action), over all shards of a set of embeddings."
     def __init__(self,
@@ -343,7 +357,7 @@ class PairIndex:
         self.spans = dict(zip(map(tuple, states[begins].tolist()), zip(begins.tolist(), [*begins[1:].tolist(), len(states)])))
         if len(self.spans) < len(begins): raise DataError(f"{keys[0].parent} holds the pairs of one state in two places")
 
-# %% ../nbs/30_data.ipynb #30-058
+# %% ../nbs/30_data.ipynb #30-061
 @patch
 def rows(self:Embeddings,
     episode:int, # a recorded state
@@ -357,7 +371,7 @@ def rows(self:Embeddings,
         raise DataError(f"{self.shards.path} has no embedding of episode {episode} step {step} action {lacking[0]!r}: run the embedding stage again")
     return np.array([row[a] for a in actions], np.int64)
 
-# %% ../nbs/30_data.ipynb #30-059
+# %% ../nbs/30_data.ipynb #30-062
 @patch
 def __getitem__(self:Embeddings,
     rows:np.ndarray, # int, any shape
