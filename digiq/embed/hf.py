@@ -45,11 +45,12 @@ def sheets(self:HFEmbedder,
     pairs:list[tuple[Image.Image, str]], # screen, action string
 ) -> list[Sheet]:
     "Group pairs by the picture they need."
-    found, squashed = {}, {}
+    shown, found, squashed = {id(s): hash((s.size, s.tobytes())) for s in {id(s): s for s, _ in pairs}.values()}, {}, {}
     for i, ((screen, _), action) in enumerate(zip(pairs, parsed([a for _, a in pairs]))):
-        if id(screen) not in squashed: squashed[id(screen)] = squash(screen, self.vlm.side)
-        key = id(screen), action.touch, action.lift
-        if key not in found: found[key] = Sheet(mark(squashed[id(screen)], action))
+        picture = shown[id(screen)]
+        if picture not in squashed: squashed[picture] = squash(screen, self.vlm.side)
+        key = picture, action.touch, action.lift
+        if key not in found: found[key] = Sheet(mark(squashed[picture], action))
         for j, about in enumerate(self.config.questions): found[key].places[question(action, about)].append((i, j))
     return list(found.values())
 
