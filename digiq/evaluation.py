@@ -58,10 +58,11 @@ def evaluate(
     tasks:list, # held-out tasks
     make_env, # (tasks, horizon) -> environment
     cfg:Rollout, # episodes, phones, temperature, horizon
-    seed:int=0 # of the run
+    seed:int=0, # of the run
+    workers:int=1 # processes that play
 ) -> pd.DataFrame: # how each episode ended
     "Play held-out tasks and write the success rate to metrics.json"
-    ended = outcomes(collect(run, tasks, policy, make_env, cfg, f"evaluations/{name}", seed))
+    ended = outcomes(collect(run, tasks, policy, make_env, cfg, f"evaluations/{name}", seed, workers))
     run.update_metrics(success={name: success(ended)})
     return ended
 

@@ -60,8 +60,8 @@ class EvaluationConfig:
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
     most:int=100_000 # an agent plays at most so many, whatever is asked for
-    phones:int=64 # played at once
-    shard:int=100 # episodes a file
+    phones:int=75 # played at once
+    shard:int=75 # episodes a file
     rerank:int=4 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
@@ -76,10 +76,10 @@ class Preset:
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
     temperature:float=1.0 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
-    answer_tokens:int=64 # of an action that a policy writes, at most
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
-    threads:int=2 # of torch; results depend on it in the last digits
+    threads:int=2 # of torch in training; results depend on it in the last digits
+    workers:int=2 # processes that play, propose and embed, on a CPU; 1 to stay in one process
     collection:CollectionConfig=CollectionConfig() # stage `collect`
     proposals:ProposalConfig=ProposalConfig() # stage `propose`
     representation:RepresentationConfig=RepresentationConfig() # stage `finetune`; holds the name of the VLM
@@ -90,7 +90,7 @@ class Preset:
     evaluation:EvaluationConfig=EvaluationConfig() # stages `evaluate` and `check_critic`
 
     def __post_init__(self):
-        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.rerank": 1, "horizon": 1}
+        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.rerank": 1, "horizon": 1, "workers": 1}
         for name, n in least.items():
             value = self
             for part in name.split("."): value = getattr(value, part)
@@ -133,7 +133,7 @@ def load_preset(
     return from_dict(Preset, overlay(to_dict(preset), overrides))
 
 # %% ../nbs/65_pipeline.ipynb #65-014
-PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "answer_tokens", "eyes", "device", "threads" # settings that everything depends on
+PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),
@@ -183,6 +183,9 @@ class Experiment(Run):
         self.preset, self.seed = preset, seed
         torch.set_num_threads(preset.threads)
         transformers.utils.logging.disable_progress_bar() # of loading weights
+
+    @property
+    def workers(self): return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
 
     def stage(self, name, config):
         "As `Run.stage`, with the settings of everything that goes into the stage."
@@ -258,7 +261,7 @@ def load_policy(self:Experiment,
     name:str|Path, # of a model
 ) -> Policy:
     "A policy that sees through `eyes`."
-    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device, max_new_tokens=self.preset.answer_tokens))
+    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device))
 
 @patch
 def base_policy(self:Experiment) -> Policy:
@@ -292,7 +295,7 @@ def collect(self:Experiment) -> pd.DataFrame: # a row a level: episodes, success
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset
     cfg = Rollout(p.collection.episodes, p.collection.phones, p.temperature, p.horizon, p.collection.shard)
-    ended = evaluation.outcomes(rollout.collect(self, self.tasks("train"), self.behaviour, self.make_env, cfg, seed=self.seed))
+    ended = evaluation.outcomes(rollout.collect(self, self.tasks("train"), self.behaviour, self.make_env, cfg, seed=self.seed, workers=self.workers))
     self.note()
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
@@ -302,7 +305,7 @@ def collect(self:Experiment) -> pd.DataFrame: # a row a level: episodes, success
 def featurise(self:Experiment) -> dict: # counts
     "Image features of all recorded screens."
     self.require("episodes")
-    features = proposals.featurise(self, self.eyes)
+    features = proposals.featurise(self, self.eyes, workers=self.workers)
     self.note()
     return dict(screens=len(features), patches=self.eyes.side**2, width=self.eyes.dim)
 
@@ -310,7 +313,7 @@ def featurise(self:Experiment) -> dict: # counts
 def propose(self:Experiment) -> dict: # counts
     "Candidate actions for all recorded states."
     self.require("screens")
-    found = proposals.propose(self, self.behaviour, self.preset.proposals, self.seed).table()
+    found = proposals.propose(self, self.behaviour, self.preset.proposals, self.seed, workers=self.workers).table()
     self.note()
     distinct = found["index"].map(max) + 1
     return dict(states=len(found), candidates=self.preset.proposals.n, distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
@@ -383,7 +386,7 @@ def embed(self:Experiment) -> dict: # counts
     "Store f(s, a) for all candidates."
     self.require("proposals", "representation")
     with self.stage("embeddings", {}) as stage:
-        if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states)
+        if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers, stage.save)
         found = Embeddings(self.path/"embeddings")
         stage.counts |= dict(pairs=len(found), width=found[np.zeros(1, int)].shape[1])
     self.note()
@@ -498,7 +501,7 @@ def evaluate(self:Experiment,
     "Play held-out tasks. The screens of the behaviour policy are kept: the critic is checked on them."
     p, cfg = self.preset, self.preset.evaluation
     how = Rollout(min(cfg.episodes, cfg.most), cfg.phones, p.temperature, p.horizon, cfg.shard, screens=name == "behaviour")
-    ended = evaluation.evaluate(self, name, self.agent(name), self.tasks(cfg.split), self.make_env, how, self.seed)
+    ended = evaluation.evaluate(self, name, self.agent(name), self.tasks(cfg.split), self.make_env, how, self.seed, self.workers)
     self.note()
     return ended
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import Run, progress, seed_all, to_dict
+from .core import Run, seed_all, to_dict
 from .data import Embeddings, EpisodeStore, Proposals
 from .policy import ImageEncoder, Policy
 
@@ -18,18 +18,20 @@ from .policy import ImageEncoder, Policy
 def featurise(
     run:Run, # with a finished stage "episodes"
     eyes:ImageEncoder, # the frozen vision tower
-    shard:int=64 # episodes a file
+    shard:int=64, # episodes a file
+    workers:int=1 # processes that compute, a file each
 ) -> Embeddings: # rows keyed (episode, step, ""), float16 [screens, patches*dim]
     "Image features of every recorded screen, each computed once"
     store, out = EpisodeStore(run.path/"episodes"), Embeddings(run.path/"screens")
     with run.stage("screens", dict(shard=shard, patches=eyes.side**2, dim=eyes.dim)) as stage:
         if not stage.done:
             table = store.episodes()
-            todo = out.shards.missing(-(-len(store)//shard))
-            for i in progress(todo, desc="image features"):
-                rows = table[table.episode//shard == i]
-                keys = [dict(episode=int(e), step=int(s), action="") for e, s in zip(rows.episode, rows.step)]
+            shards = [rows for _, rows in table.groupby(table.episode//shard)]
+            def make(i, told):
+                keys = [dict(episode=int(e), step=int(s), action="") for e, s in zip(shards[i].episode, shards[i].step)]
                 out.write_shard(i, keys, eyes([store.screen(k["episode"], k["step"]) for k in keys]).reshape(len(keys), -1))
+                told(len(keys))
+            out.shards.fill([len(rows) for rows in shards], make, "image features", workers, stage.save)
             stage.counts.update(screens=len(table), width=eyes.dim)
     return Embeddings(run.path/"screens")
 
@@ -48,18 +50,20 @@ def propose(
     policy:Policy, # the behaviour policy
     cfg:ProposalConfig, # how many, how hot
     seed:int=0, # of the run
-    name:str="proposals" # of the stage and its directory
+    name:str="proposals", # of the stage and its directory
+    workers:int=1 # processes that propose, a file each
 ) -> Proposals: # a row a state, recorded action first
     "Sample candidates for every recorded state; continues where it was cut off"
     store, screens, out = EpisodeStore(run.path/"episodes"), Embeddings(run.path/"screens"), Proposals(run.path/name)
     with run.stage(name, dict(to_dict(cfg), seed=seed)) as stage:
         if not stage.done:
             steps = store.episodes().query("action != '' or error != ''")
-            for i in progress(out.shards.missing(-(-len(store)//cfg.shard)), desc="proposals"):
+            shards = [rows for _, rows in steps.groupby(steps.episode//cfg.shard)]
+            def make(i, told):
                 seed_all(seed, name, i)
-                rows = steps[steps.episode//cfg.shard == i]
                 out.write_shard(i, [dict(episode=int(r.episode), step=int(r.step), actions=[r.action, *more])
-                    for r, more in zip(rows.itertuples(), sample_at(policy, screens, rows, cfg))])
+                    for r, more in zip(shards[i].itertuples(), sample_at(policy, screens, shards[i], cfg, told))])
+            out.shards.fill([len(rows) for rows in shards], make, "proposals", workers, stage.save)
             stage.counts.update(states=len(steps), candidates=len(steps)*cfg.n)
     return Proposals(run.path/name)
 
@@ -68,7 +72,8 @@ def sample_at(
     policy:Policy, # who proposes
     screens:Embeddings, # image features
     rows, # recorded steps, a table with episode, step, prompt
-    cfg:ProposalConfig # how many, how hot
+    cfg:ProposalConfig, # how many, how hot
+    told=lambda n: None # told the number of rows done, a batch at a time
 ) -> list[list[str]]: # N-1 action strings a row
     "Candidates at recorded states"
     out, patches = [], policy.model.config.image_dim
@@ -76,4 +81,5 @@ def sample_at(
         part = rows.iloc[i:i+cfg.batch]
         at = np.concatenate([screens.rows(e, s, [""]) for e, s in zip(part.episode, part.step)])
         out += policy.sample(part.prompt.tolist(), screens[at].reshape(len(part), -1, patches), cfg.n - 1, cfg.temperature)
+        told(len(part))
     return out

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
-from .core import DataError, DigiqError, Run, derive_seed, progress, seed_all, to_dict
+from .core import DataError, DigiqError, Run, derive_seed, seed_all, to_dict
 from .data import EpisodeStore, encode_screen
 from .env import DeviceEnv, prompt
 
@@ -103,34 +103,29 @@ def collect(
     run:Run, # where to keep them
     tasks:list, # to play, each with `id`, `goal` and `level`
     policy, # with `act(goals, histories, screens, before, n, temperature)`
-    make_env, # (tasks, horizon) -> DeviceEnv; called once for each phone
+    make_env, # (tasks, horizon) -> DeviceEnv; called for each phone of a shard
     cfg:Rollout, # how many, and how
     name:str="episodes", # of the set: a directory of the run, and a stage
     seed:int=0, # of the whole run
+    workers:int=1, # processes that play, a shard each
 ) -> EpisodeStore: # the finished set
     "Play and record episodes, or what is missing of them. Raises `DigiqError` where the set was begun with other settings."
     if not tasks: raise DigiqError("there are no tasks to play: choose a task set and a split that have some")
     with run.stage(name, to_dict(cfg) | {"seed": seed, "tasks": derive_seed(*(t.goal for t in tasks))}) as stage:
         store, stream = EpisodeStore(run.path/name), (seed, name.partition("/")[0])
-        todo = store.shards.missing(-(-cfg.episodes // cfg.shard))
-        if todo: _play_shards(store, todo, schedule(tasks, cfg.episodes, *stream), policy, make_env, cfg, stream, name, stage)
+        episodes = [(i, task, derive_seed(*stream, i)) for i, task in enumerate(schedule(tasks, cfg.episodes, *stream))]
+        shards = [episodes[i:i + cfg.shard] for i in range(0, cfg.episodes, cfg.shard)]
+        def make(k, told):
+            seed_all(*stream, "shard", k)
+            envs = [make_env(tasks, cfg.horizon) for _ in shards[k][:cfg.phones]]
+            store.write_shard(k, play(envs, shards[k], policy, cfg, told))
+            for env in envs: env.close()
+        store.shards.fill([len(s) for s in shards], make, name, workers, stage.save)
         steps = store.episodes()
         stage.counts |= {"episodes": len(store), "steps": int((steps.action.ne("") | steps.error.ne("")).sum()), "successes": int((steps.reward >= 1).sum())}
     return store
 
-# %% ../nbs/32_rollout.ipynb #32-022
-def _play_shards(store, todo, tasks, policy, make_env, cfg, stream, name, stage):
-    numbers = {k: range(len(tasks))[k * cfg.shard:(k + 1) * cfg.shard] for k in todo}
-    total = sum(map(len, numbers.values()))
-    envs = [make_env(tasks, cfg.horizon) for _ in range(min(cfg.phones, cfg.shard, len(tasks)))]
-    with progress(total=len(tasks), desc=name, initial=len(tasks) - total) as bar:
-        for k in todo:
-            seed_all(*stream, "shard", k)
-            store.write_shard(k, play(envs, [(i, tasks[i], derive_seed(*stream, i)) for i in numbers[k]], policy, cfg, bar.update))
-            stage.save()
-    for env in envs: env.close()
-
-# %% ../nbs/32_rollout.ipynb #32-030
+# %% ../nbs/32_rollout.ipynb #32-029
 def replay(
     store:EpisodeStore, # a recorded set
     episode:int, # which of its episodes

@@ -92,9 +92,17 @@ def test_killed_at_many_moments(models, whole, tmp_path):
     assert killed >= 5 and figures(tmp_path) == figures(whole) and weights(tmp_path) == weights(whole)
 
 
-def test_again_changes_nothing(models, whole):
+def test_number_of_workers_does_not_matter(models, whole, tmp_path):
+    lab = standins.experiment(models, tmp_path, "workers=1")
+    lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed()
+    made, wanted = weights(tmp_path), weights(whole)
+    assert len(made) > 10 and made == {name: wanted[name] for name in made}
+
+
+@pytest.mark.parametrize("changes", [[], ["workers=1"]])
+def test_again_changes_nothing(models, whole, changes):
     before = {f: f.stat().st_mtime_ns for f in whole.rglob("*") if f.suffix in (".parquet", ".npy", ".safetensors")}, figures(whole)
-    assert finish(start(models, whole), whole) == ""
+    assert finish(start(models, whole, *changes), whole) == ""
     assert before == ({f: f.stat().st_mtime_ns for f in before[0]}, figures(whole))
 
 

@@ -24,13 +24,13 @@ class Slow:
 
 tasks = [SimpleNamespace(id=f"count-{n}", goal=f"Count to {n}", level=1) for n in (3, 4, 12, 15)]
 collect(Run(sys.argv[1]), tasks, Slow(), lambda tasks, horizon: DeviceEnv(ScriptedDevice(), tasks, horizon),
-        Rollout(episodes=60, phones=4, horizon=8, shard=6), seed=5)
+        Rollout(episodes=60, phones=4, horizon=8, shard=6), seed=5, workers=int(sys.argv[3]))
 """
 
 
-def start(folder, pause):
+def start(folder, pause, workers=1):
     root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause)], cwd=root, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause), str(workers)], cwd=root, stderr=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": str(root)}, text=True)
 
 
@@ -48,17 +48,24 @@ def whole(tmp_path_factory):
     return contents(folder)
 
 
-def test_killed_at_any_moment(whole, tmp_path):
+def running(folder):
+    "Processes that name a run directory on their command line."
+    return sum(str(folder).encode() in f.read_bytes() for f in Path("/proc").glob("[0-9]*/cmdline") if f.exists())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_moment(whole, tmp_path, workers):
     rng, killed = random.Random(0), 0
     for _ in range(4):
-        process = start(tmp_path, .005)
+        process = start(tmp_path, .005, workers)
         deadline, files = time.monotonic() + 60, len(list(tmp_path.glob("episodes/*.parquet")))
         while len(list(tmp_path.glob("episodes/*.parquet"))) <= files and process.poll() is None: assert time.monotonic() < deadline
         time.sleep(rng.uniform(0, .1))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
+        while running(tmp_path): assert time.monotonic() < deadline # its workers end with it
         EpisodeStore(tmp_path/"episodes").shards.verify()
-    process = start(tmp_path, 0)
+    process = start(tmp_path, 0, workers)
     assert process.wait() == 0, process.stderr.read()
     assert killed >= 2 and contents(tmp_path) == whole
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..actions import is_valid, parse, press, render, tap, type_text
-from ..core import DigiqError, progress
+from ..core import DigiqError
 from ..data import Embeddings, EpisodeStore, Proposals
 
 # %% ../../nbs/43_embed.base.ipynb #43-005
@@ -105,15 +105,15 @@ def embed_run(
     embedder:Embedder,
     path:str|Path, # directory of the embeddings
     states:int=256, # states a shard; where a killed run continues
+    workers:int=1, # processes that embed, a shard each
+    saved=lambda: None, # called after each shard, e.g. a stage's `save`
 ) -> Embeddings:
     "Embed every distinct (state, action). Continues where an earlier attempt stopped. Raises `DigiqError` naming pairs that fail."
     out, shards = Embeddings(path), shard_pairs(proposals, states)
-    missing = set(out.shards.missing(len(shards)))
-    done = sum(len(rows) for i, rows in enumerate(shards) if i not in missing)
-    with progress(total=sum(map(len, shards)), initial=done, desc="embed pairs") as bar:
-        for i in sorted(missing):
-            out.write_shard(i, shards[i], _embed_rows(store, embedder, shards[i]))
-            bar.update(len(shards[i]))
+    def make(i, told):
+        out.write_shard(i, shards[i], _embed_rows(store, embedder, shards[i]))
+        told(len(shards[i]))
+    out.shards.fill([len(rows) for rows in shards], make, "embed pairs", workers, saved)
     return out
 
 # %% ../../nbs/43_embed.base.ipynb #43-018
