@@ -32,6 +32,7 @@ class CriticConfig:
     dropout: float = 0.1            # of the heads' inputs, 0..1
     heads: int = 2                  # independent heads for Q and for V
     loss: str = "classification"    # "classification": cross-entropy on soft targets; "regression": squared error
+    relative: float = 0.02          # a state of value V weighs 1/(V + relative) in the losses; 0 weighs all states alike
     aggregate: str = "min"          # of the heads: "min", "mean" or "max"
     target: str = "td"              # "td": bootstrapped; "mc": Monte-Carlo return
     v_action: str = "recorded"      # action in the target of V: "recorded", or "proposal": drawn from the candidates
@@ -205,12 +206,13 @@ def combine(self:Critic,
 @patch
 def loss(self:Critic,
     out:torch.Tensor, # the heads' outputs, float [heads, batch, out]
-    target:torch.Tensor # in 0..1, float [batch]
+    target:torch.Tensor, # in 0..1, float [batch]
+    weight:torch.Tensor=1. # of each state, float [batch]
 ) -> torch.Tensor: # scalar: mean over the batch, sum over heads
     "Distance of every head from one target"
-    if self.cfg.loss == "regression": return (out[..., 0] - target).square().mean(1).sum()
+    if self.cfg.loss == "regression": return (weight*(out[..., 0] - target).square()).mean(1).sum()
     logp = out.log_softmax(-1)
-    return -(target*logp[..., 1] + (1 - target)*logp[..., 0]).mean(1).sum()
+    return -(weight*(target*logp[..., 1] + (1 - target)*logp[..., 0])).mean(1).sum()
 
 # %% ../nbs/50_critic.ipynb #50-023
 @patch
@@ -224,7 +226,9 @@ def losses(self:Critic,
         else:
             y_q = batch["reward"] + self.cfg.gamma*(1 - batch["done"])*target.combine(target.v(batch["next"]))
             y_v = target.combine(target.q(batch["alternative"]))
-    return self.loss(self.q(batch), y_q), self.loss(self.v(batch), y_v)
+        weight = 1/(target.combine(target.v(batch)).clamp_min(0) + self.cfg.relative) if self.cfg.relative else torch.ones_like(y_q)
+        weight = weight/weight.mean()
+    return self.loss(self.q(batch), y_q, weight), self.loss(self.v(batch), y_v, weight)
 
 # %% ../nbs/50_critic.ipynb #50-025
 @patch

@@ -88,7 +88,7 @@ def plot_success(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-COLOURS = {"behaviour": "#999999", "filtered_bc": "#E69F00", "digiq": "#0072B2", "filtered_bc_rerank": "#F0C96B", "digiq_rerank": "#56B4E9"} # safe for colour-blind readers
+COLOURS = {"behaviour": "#999999", "filtered_bc": "#E69F00", "most_proposed": "#CC79A7", "digiq": "#0072B2", "filtered_bc_rerank": "#F0C96B", "digiq_rerank": "#56B4E9"} # safe for colour-blind readers
 
 # %% ../nbs/60_evaluation.ipynb #60-013
 def pooled(
@@ -134,7 +134,7 @@ def probes(
     policy, # proposes the candidates
     states:int=300, # how many states whose candidates differ
     n:int=16, # candidates a state
-    temperature:float=1.2, # of the proposals
+    temperature:float=1.0, # of the proposals
     disturbance:float=1.0, # of the phone on which the episodes were played
     seed:int=0 # which states
 ) -> list[Probe]: # at most `states`; states whose candidates all agree are left out

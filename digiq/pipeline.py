@@ -45,9 +45,9 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=500 # how many
-    phones:int=64 # played at once
-    shard:int=64 # episodes a file; what a killed run loses is at most this
+    episodes:int=640 # how many
+    phones:int=80 # played at once
+    shard:int=80 # episodes a file; what a killed run loses is at most this
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
@@ -62,7 +62,7 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=4 # samples that re-ranking chooses from
+    rerank:int=8 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 
@@ -74,7 +74,7 @@ class Preset:
     task_set:str="webshop" # what to train and to evaluate on
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
-    temperature:float=1.0 # at which all agents act, in collection and evaluation; 0 is greedy
+    temperature:float=1.1 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
@@ -150,7 +150,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
 # %% ../nbs/65_pipeline.ipynb #65-016
-RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
+RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
     stage:str, # name of a stage
@@ -464,7 +464,7 @@ def score(self:Experiment) -> Scores:
 # %% ../nbs/65_pipeline.ipynb #65-047
 @patch
 def train_policy(self:Experiment,
-    name:str, # "digiq", or the name of another rule: "filtered_bc", "sft", "awr", "reinforce"
+    name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
 ) -> dict: # last loss, and its history
     "Extract a policy from the scores by a rule."
     if name not in RULES: raise DigiqError(f"there is no policy {name!r}: choose one of {', '.join(RULES)}")

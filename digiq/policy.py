@@ -292,15 +292,15 @@ def snap(
 
 # %% ../nbs/40_policy.ipynb #40-033
 def tiny_tokenizer(
-    texts:Sequence[str], # goals to learn byte pairs from
-    vocab_size:int=700 # tokens in all
+    texts:Sequence[str], # to learn byte pairs from; a pair never goes beyond a word and the space that follows it
+    vocab_size:int=1100 # tokens at most
 ):
     "A `PreTrainedTokenizerFast` with the grammar's tokens and byte pairs learned from `texts`"
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     grammar = grammar_tokens()
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "merged_with_previous"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(grammar), special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.add_tokens([AddedToken(t, normalized=False, special=False) for t in grammar])

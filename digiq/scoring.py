@@ -15,6 +15,7 @@ from PIL import Image
 
 from .actions import ActionError, parse
 from .critic import Critic
+from .extraction import supported
 from .policy import ImageEncoder, Policy
 from .training import Texts, cells
 
@@ -92,5 +93,5 @@ class Reranker:
         "The best of n samples by Q; the policy's first sample where none is valid"
         names = self.policy.act(goals, histories, screens, before, self.n, temperature)
         q, _ = self.scorer(goals, histories, screens, before, names)
-        worth = [values + self.support*np.log([some.count(a) for a in some]) for some, values in zip(names, q)]
+        worth = [supported(values, np.array([some.count(a) for a in some]), self.support) for some, values in zip(names, q)]
         return [[some[int(np.argmax(w))]] for some, w in zip(names, worth)]
