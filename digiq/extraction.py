@@ -106,7 +106,7 @@ def reinforce(
 class ExtractionConfig:
     "From scores to weights"
     method: str = "best_of_n"  # best_of_n, awr, reinforce, sft, filtered_bc or most_proposed
-    threshold: float = 0.      # Best-of-N: smallest advantage worth learning from
+    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 learns from every state, 0 is the paper's rule
     support: float = 1.        # Best-of-N and re-ranking: power of the number of proposals, tau; 0 is the paper's rule
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
