@@ -1,5 +1,5 @@
 "The built-in phone as Debian's adb sees it, and what hostile bytes do to its port."
-import hashlib, os, random, shlex, shutil, signal, socket, subprocess, sys
+import hashlib, os, random, shutil, signal, socket, subprocess, sys
 
 import pytest
 from hypothesis import given, settings

@@ -47,6 +47,8 @@ FAULTS = (AdbError, OSError, EOFError, ValueError, IndexError, SyntaxError, stru
 
 class LimitedClient(AdbClient):
     "An adb client whose conversations end in time, inside `with client.limited(seconds)`."
+    version = None
+
     @contextmanager
     def limited(self,
         seconds:float, # for all that is done in the block
@@ -64,6 +66,10 @@ class LimitedClient(AdbClient):
     def _cut(self):
         for c in list(self.conversations):
             with suppress(AdbError, OSError): c.conn.shutdown(socket.SHUT_RDWR)
+
+    def server_version(self): # adbutils asks before every command
+        if not self.version: self.version = super().server_version()
+        return self.version
 
     def make_connection(self, timeout=None):
         left = self.deadline - time.monotonic()
