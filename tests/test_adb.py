@@ -36,7 +36,7 @@ def phone(cfg=quick, **kw):
 
 
 def connected(address):
-    AdbClient().connect(address, timeout=10)
+    AdbClient().connect(address, timeout=60)
     return address
 
 
