@@ -42,14 +42,14 @@ def kind_and_text(
 # %% ../nbs/53_scoring.ipynb #53-006
 @patch
 @torch.no_grad()
-def __call__(self:Scorer,
+def heads(self:Scorer,
     goals:Sequence[str], # what to do
     histories:Sequence[str], # decision part of each last action, "" at the start
     screens:Sequence[Image.Image], # what the phones show
     before:Sequence[Image.Image], # what they showed one step earlier (the same at the start)
     candidates:Sequence[Sequence[str]] # action strings to score, a list a state
-) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [candidates] a state, and V, float32 [states]
-    "Values of candidate actions in states"
+) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [heads, candidates] a state, and V, float32 [heads, states]
+    "What each head of the critic says of candidate actions in states"
     texts, n = Texts(), len(goals)
     shot = cells(self.eyes([*screens, *before]), self.critic.cfg.screen_cells)
     state = dict(goal=[texts(g) for g in goals], previous_kind=[], previous_text=[])
@@ -59,20 +59,35 @@ def __call__(self:Scorer,
     tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)
     batch = dict({k: tensor(v) for k, v in state.items()}, screens=tensor(np.concatenate([shot[n:], shot[:n]], 1)))
     self.critic.texts = texts.tokens(self.tokenizer).to(self.device)
-    v = self.critic.combine(self.critic.v(batch)).cpu().numpy()
-    q = np.zeros(0)
+    v = self.critic.value(self.critic.v(batch)).cpu().numpy()
+    known = {}
     if pairs:
         at = tensor([i for i, *_ in pairs])
         rep = tensor(self.embedder.embed([(screens[i], a) for i, a, _ in pairs]))
-        q = self.critic.combine(self.critic.q(dict({k: x[at] for k, x in batch.items()}, kind=tensor(kinds), text=tensor(typed), rep=rep))).cpu().numpy()
-    known = {(i, a): value for (i, a, _), value in zip(pairs, q)}
-    return [np.array([known.get((i, a), -np.inf) for a in names], np.float32) for i, names in enumerate(candidates)], v
+        q = self.critic.value(self.critic.q(dict({k: x[at] for k, x in batch.items()}, kind=tensor(kinds), text=tensor(typed), rep=rep))).cpu().numpy()
+        known = {(i, a): value for (i, a, _), value in zip(pairs, q.T)}
+    no = np.full(len(v), -np.inf)
+    return [np.array([known.get((i, a), no) for a in names], np.float32).reshape(-1, len(v)).T for i, names in enumerate(candidates)], v
 
 def _valid(action):
     try: return parse(action)
     except ActionError: return None
 
-# %% ../nbs/53_scoring.ipynb #53-008
+# %% ../nbs/53_scoring.ipynb #53-007
+@patch
+def __call__(self:Scorer,
+    goals:Sequence[str], # what to do
+    histories:Sequence[str], # decision part of each last action, "" at the start
+    screens:Sequence[Image.Image], # what the phones show
+    before:Sequence[Image.Image], # what they showed one step earlier (the same at the start)
+    candidates:Sequence[Sequence[str]] # action strings to score, a list a state
+) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [candidates] a state, and V, float32 [states]
+    "Values of candidate actions in states: the heads combined as the critic was trained to"
+    q, v = self.heads(goals, histories, screens, before, candidates)
+    combine = getattr(np, self.critic.cfg.aggregate) # min, mean or max
+    return [combine(x, 0) for x in q], combine(v, 0)
+
+# %% ../nbs/53_scoring.ipynb #53-009
 class Reranker:
     "Samples from a policy, acts by Q"
     def __init__(self,
