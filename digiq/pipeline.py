@@ -332,7 +332,7 @@ def checkpoint(self:Experiment,
                 report = make(p)
                 write_json(p/"report.json", report)
         report = read_json(path/"report.json")
-        stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict))}
+        stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict)) and v == v} # JSON has no nan
     self.note()
     return report
 
@@ -370,7 +370,7 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
         vlm.save(path)
         return report
     report = self.checkpoint("representation", make)
-    self.update_metrics(representation={k: report[k] for k in ("auc_before", "auc_after", "changed")})
+    self.update_metrics(representation={k: report[k] for k in ("auc_before", "auc_after", "changed") if report[k] == report[k]}) # no AUC where the held-out steps are all alike
     return report
 
 @patch

@@ -68,8 +68,9 @@ def test_error_without_a_way_home():
 
 
 ENDLESS = """
-import os, sys, time
+import os, signal, sys, time
 from digiq.core import share
+signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests were started in the background
 
 def work(item, told):
     open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
