@@ -2,9 +2,11 @@
 import os, shutil, sys
 from pathlib import Path
 
+import papermill
 import pytest
 from adbutils import AdbClient
 from endpoint import Endpoint
+from notebooks import root
 
 from digiq.core import DigiqError, read_json
 from digiq.data import EpisodeStore, encode_screen
@@ -92,4 +94,23 @@ def test_judge_is_compared_with_the_truth(tmp_path, monkeypatch):
     found = read_json(tmp_path/"run"/"metrics.json")["judge"]["counting"]
     assert found["counts"] == table.to_numpy().tolist() and found["kappa"] == kappa(table)["kappa"] and found["n"] == table.to_numpy().sum()
     assert table.to_numpy()[1].sum() == len(won) and .6 < found["agreement"] < .9 and len(won)
+    assert not any(key.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def execute(name, tmp_path, **parameters):
+    "Run a run notebook; the texts of its outputs."
+    done = papermill.execute_notebook(root/"nbs"/f"{name}.ipynb", tmp_path/"out.ipynb", parameters | {"run_dir": str(tmp_path/"run")}, progress_bar=False, cwd=root)
+    return "".join(str(o.get("data", o.get("text", ""))) for cell in done.cells for o in cell.get("outputs", []))
+
+
+def test_the_page_about_devices_ends_in_a_film(tmp_path):
+    out = execute("devices", tmp_path, episodes=2, horizon=3)
+    assert "data:image/webp;base64," in out and "evaluations/behaviour/00000" in out
+
+
+def test_evaluate_notebook_reports_the_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with Endpoint(lambda goal, picture, request: {"reasoning": "never", "success": False}, key) as endpoint:
+        out = execute("evaluate", tmp_path, preset="smoke", eval_episodes=10, order="sequential", judge="no-sayer", judge_url=endpoint.url, judge_key="JUDGE_KEY", judge_screens=20)
+    assert "'kappa'" in out and "no success" in out and read_json(tmp_path/"run"/"metrics.json")["judge"]["no-sayer"]["n"] == 20
     assert not any(key.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
