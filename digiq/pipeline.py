@@ -50,7 +50,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=640 # how many
+    episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
 
@@ -67,7 +67,7 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=8 # samples that re-ranking chooses from
+    rerank:int=5 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 
@@ -79,7 +79,7 @@ class Preset:
     task_set:str="webshop" # what to train and to evaluate on
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
-    temperature:float=1.1 # at which all agents act, in collection and evaluation; 0 is greedy
+    temperature:float=1.2 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
