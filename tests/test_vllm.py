@@ -50,7 +50,7 @@ from digiq.representation import RepresentationConfig
 
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 pairs = [(Image.open(folder/f"{i}.png").convert("RGB"), a) for i, a in enumerate(folder.joinpath("actions.txt").read_text().splitlines())]
-command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder/"vlm"), "--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager", "--max-model-len", "400",
+command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder/"vlm"), "--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--enforce-eager", "--max-model-len", "400",
     "--pooler-config", '{"pooling_type": "LAST", "use_activation": false}', "--chat-template", str(folder/"vlm"/"vllm_chat_template.jinja"), "--host", "127.0.0.1", "--port", str(port), "--api-key", "secret"]
 with open(folder/"server.log", "w") as log: server = subprocess.Popen(command, stdout=log, stderr=log)
 address = f"http://127.0.0.1:{port}"
