@@ -17,7 +17,7 @@ from digiq.training import ActorConfig, Team, Texts, Transitions, fit_critic, fi
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]
-CRITIC = CriticConfig(text_dim=8, q_hidden=(16,), v_hidden=(16,), dropout=0., screen_cells=(1, 1), steps=24, batch=16, lr=1e-2, accumulate=2, v_action="proposal")
+CRITIC = CriticConfig(text_dim=8, q_hidden=(16,), v_hidden=(16,), dropout=0., state_dropout=0., screen_cells=(1, 1), steps=24, batch=16, lr=1e-2, accumulate=2, v_action="proposal")
 ACTOR = ActorConfig(steps=8, batch=8, lr=1e-2, accumulate=2)
 
 
