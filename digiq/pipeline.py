@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'judge_settings', 'device_settings', 'is_sequential', 'made_from',
-           'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'Nothing', 'returns',
-           'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
+           'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different', 'Nothing',
+           'read_scores', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
-import hashlib, platform, textwrap
+import hashlib, platform, tempfile, textwrap
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +138,7 @@ def load_preset(
     preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
     return from_dict(Preset, overlay(to_dict(preset), overrides))
 
-# %% ../nbs/65_pipeline.ipynb #65-devices-3
+# %% ../nbs/65_pipeline.ipynb #65-014
 def judge_settings(
     model:str, # as the endpoint calls it; "" for no judge
     url:str, # of the endpoint
@@ -166,7 +166,7 @@ def is_sequential(
     if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
     return order == "sequential"
 
-# %% ../nbs/65_pipeline.ipynb #65-014
+# %% ../nbs/65_pipeline.ipynb #65-017
 PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
@@ -183,7 +183,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
-# %% ../nbs/65_pipeline.ipynb #65-016
+# %% ../nbs/65_pipeline.ipynb #65-019
 RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
@@ -204,7 +204,7 @@ def lineage(
     stages, own = made_from(stage)
     return list(dict.fromkeys([field for s in stages for field in lineage(s)] + list(own)))
 
-# %% ../nbs/65_pipeline.ipynb #65-019
+# %% ../nbs/65_pipeline.ipynb #65-022
 class Experiment(Run):
     "All stages of Digi-Q in one run directory"
     def __init__(self,
@@ -225,7 +225,7 @@ class Experiment(Run):
         "As `Run.stage`, with the settings of everything that goes into the stage."
         return super().stage(name, dict(config, preset=self.settings(name)))
 
-# %% ../nbs/65_pipeline.ipynb #65-021
+# %% ../nbs/65_pipeline.ipynb #65-024
 def fingerprint(
     name:str, # of a model
 ) -> str: # the name, and a digest where the model is a directory
@@ -251,7 +251,7 @@ def played_on(devices): # what rewards and screens depend on: not the cable, nor
     return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
                         "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
 
-# %% ../nbs/65_pipeline.ipynb #65-022
+# %% ../nbs/65_pipeline.ipynb #65-026
 def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
@@ -260,7 +260,7 @@ def open_run(
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), seed)
 
-# %% ../nbs/65_pipeline.ipynb #65-025
+# %% ../nbs/65_pipeline.ipynb #65-029
 @patch
 def finished(self:Experiment,
     stage:str, # its name
@@ -288,7 +288,7 @@ def note(self:Experiment):
     self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()}, counts={k: r["counts"] for k, r in done.items() if r["counts"]},
         versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, digiq=__version__))
 
-# %% ../nbs/65_pipeline.ipynb #65-028
+# %% ../nbs/65_pipeline.ipynb #65-032
 def _load(what, name, load):
     path = Path(model_path(name)).expanduser()
     missing = f"{what} {name!r} cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
@@ -302,7 +302,7 @@ def eyes(self:Experiment) -> ImageEncoder:
     if "_eyes" not in self.__dict__: self._eyes = _load("the VLM for eyes", self.preset.eyes, lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
     return self._eyes
 
-# %% ../nbs/65_pipeline.ipynb #65-029
+# %% ../nbs/65_pipeline.ipynb #65-033
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
@@ -324,7 +324,7 @@ def behaviour(self:Experiment) -> Policy:
     if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
     return self._behaviour
 
-# %% ../nbs/65_pipeline.ipynb #65-032
+# %% ../nbs/65_pipeline.ipynb #65-036
 @patch
 def tasks(self:Experiment,
     split:str, # train, val or test
@@ -367,7 +367,7 @@ def collect(self:Experiment,
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
 
-# %% ../nbs/65_pipeline.ipynb #65-034
+# %% ../nbs/65_pipeline.ipynb #65-038
 @patch
 def featurise(self:Experiment) -> dict: # counts
     "Image features of all recorded screens."
@@ -385,22 +385,38 @@ def propose(self:Experiment) -> dict: # counts
     distinct = found["index"].map(max) + 1
     return dict(states=len(found), candidates=self.preset.proposals.n, distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
 
-# %% ../nbs/65_pipeline.ipynb #65-036
+# %% ../nbs/65_pipeline.ipynb #65-040
+@patch
+def bookmark(self:Experiment,
+    name:str, # of a training stage
+) -> Path: # a file, gone when the stage is finished
+    "Where a long training notes how far it is."
+    return self.path/"bookmarks"/f"{name}.safetensors"
+
 @patch
 def checkpoint(self:Experiment,
     name:str, # of the stage and the directory
     make, # writes the directory whose path it is given, and returns its report
 ) -> dict: # the report
     "Train once. The report is kept beside the weights, its numbers as the counts of the stage."
-    path = self.path/"checkpoints"/name
+    path, team = self.path/"checkpoints"/name, training.Team(self.preset.device)
+    missing = not path.exists()
+    team.wait() # all have looked
+    if team.place: # help the first process, which writes
+        with tempfile.TemporaryDirectory() as folder:
+            if missing: make(Path(folder)/name)
+        team.wait()
+        return read_json(path/"report.json")
     with self.stage(name, {}) as stage:
-        if not path.exists():
+        if missing:
             with atomic(path) as p:
                 report = make(p)
                 write_json(p/"report.json", report)
+        self.bookmark(name).unlink(missing_ok=True)
         report = read_json(path/"report.json")
         stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict)) and v == v} # JSON has no nan
     self.note()
+    team.wait()
     return report
 
 @contextmanager
@@ -423,7 +439,7 @@ def result(self:Experiment,
     self.note()
     return read_json(path)
 
-# %% ../nbs/65_pipeline.ipynb #65-039
+# %% ../nbs/65_pipeline.ipynb #65-043
 @patch
 def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     "Teach the VLM which actions change the screen."
@@ -447,7 +463,17 @@ def embedder(self:Experiment) -> HFEmbedder:
     with readable(self.path/"checkpoints"/"representation") as path:
         return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-040
+# %% ../nbs/65_pipeline.ipynb #65-045
+def different(
+    found:Embeddings,
+    batch:int=4096, # rows read at a time
+) -> int: # distinct vectors
+    "How many pairs differ in content."
+    digests = set()
+    for i in range(0, len(found), batch):
+        digests.update(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in found[np.arange(i, min(i + batch, len(found)))])
+    return len(digests)
+
 @patch
 def embed(self:Experiment) -> dict: # counts
     "Store f(s, a) for all candidates."
@@ -455,11 +481,11 @@ def embed(self:Experiment) -> dict: # counts
     with self.stage("embeddings", {}) as stage:
         if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers, stage.save)
         found = Embeddings(self.path/"embeddings")
-        stage.counts |= dict(pairs=len(found), width=found[np.zeros(1, int)].shape[1])
+        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=different(found), width=found[np.zeros(1, int)].shape[1])
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-042
+# %% ../nbs/65_pipeline.ipynb #65-047
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -473,7 +499,7 @@ def transitions(self:Experiment) -> training.Transitions:
     if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.eyes.dim)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-043
+# %% ../nbs/65_pipeline.ipynb #65-048
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
@@ -482,13 +508,13 @@ def train_critic(self:Experiment,
     name = "critic" if representation else "critic_without_representation"
     cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation)
     def make(path):
-        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device)
+        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, bookmark=self.bookmark(name))
         critic.save(path)
         return history[-1] | {"history": history}
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-044
+# %% ../nbs/65_pipeline.ipynb #65-049
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -510,25 +536,35 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-046
+# %% ../nbs/65_pipeline.ipynb #65-051
+def read_scores(
+    path:Path, # scores.parquet
+) -> Scores:
+    "The table of scores. Raises `DataError` where it is damaged."
+    with readable(path): columns = pd.read_parquet(path)
+    return Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
+
 @patch
 def score(self:Experiment) -> Scores:
     "Q and V of every candidate of every state."
-    path = self.path/"scores.parquet"
+    path, team = self.path/"scores.parquet", training.Team(self.preset.device)
     self.require("critic")
+    if team.place:
+        team.wait()
+        return read_scores(path)
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
             scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer, self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
-        with readable(path): columns = pd.read_parquet(path)
-        scores = Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
+        scores = read_scores(path)
         stage.counts |= dict(candidates=len(scores), learned_from=len(extraction.weights(scores, self.preset.extraction)[0]))
     self.note()
+    team.wait()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-047
+# %% ../nbs/65_pipeline.ipynb #65-052
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -542,12 +578,12 @@ def train_policy(self:Experiment,
         table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
         prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, self.preset.actor, self.seed, name)
+        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, self.preset.actor, self.seed, name, self.bookmark(name))
         policy.save(path)
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-049
+# %% ../nbs/65_pipeline.ipynb #65-054
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -586,7 +622,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-judge-2
+# %% ../nbs/65_pipeline.ipynb #65-056
 @patch
 def judge_agreement(self:Experiment,
     cfg:JudgeSettings, # whom to ask
@@ -608,7 +644,7 @@ def judge_agreement(self:Experiment,
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
     return table
 
-# %% ../nbs/65_pipeline.ipynb #65-051
+# %% ../nbs/65_pipeline.ipynb #65-058
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -632,7 +668,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-052
+# %% ../nbs/65_pipeline.ipynb #65-059
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -662,7 +698,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-056
+# %% ../nbs/65_pipeline.ipynb #65-063
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -688,7 +724,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {q[i]:.2f}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-057
+# %% ../nbs/65_pipeline.ipynb #65-064
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -715,7 +751,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-058
+# %% ../nbs/65_pipeline.ipynb #65-065
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -734,7 +770,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-062
+# %% ../nbs/65_pipeline.ipynb #65-069
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches
