@@ -194,7 +194,8 @@ def fit_critic(
     seed:int=0, # of weights, order and draws
     held_out:float=0.1, # share of episodes that are not trained on
     device:str="cpu", # where to train
-    log_every:int=50 # steps between rows of the history
+    log_every:int=50, # steps between rows of the history
+    history:list=None # where they are put, e.g. a `Log`; a new list where None
 ) -> tuple[Critic, list[dict]]: # the critic in evaluation mode, and its learning curves
     "Train a critic by J_Q and J_V"
     seed_all(seed, "critic")
@@ -209,7 +210,7 @@ def fit_critic(
     train, held = _split(data.episode, held_out, seed)
     train, held = train[data.recorded[train] >= 0], held[data.recorded[held] >= 0][:1024]
     if len(train) < cfg.batch: raise DataError(f"{len(train)} steps are too few for minibatches of {cfg.batch}: collect more episodes")
-    history, order = [], np.zeros(0, np.int64)
+    history, order = [] if history is None else history, np.zeros(0, np.int64)
     for step in progress(range(1, cfg.steps + 1), desc="critic"):
         if len(order) < cfg.batch: order = rng.permutation(train)
         t, order = order[:cfg.batch], order[cfg.batch:]
@@ -259,7 +260,8 @@ def fit_policy(
     chosen:tuple[np.ndarray, np.ndarray], # rows to imitate and weights, from `digiq.extraction.weights`
     cfg:ActorConfig, # optimisation
     seed:int=0, # of the order
-    desc:str="policy" # shown by the progress bar
+    desc:str="policy", # shown by the progress bar
+    history:list=None # where its rows are put, e.g. a `Log`; a new list where None
 ) -> list[dict]: # learning curve: step, loss
     "Imitate chosen candidates by weight"
     rows, w = chosen
@@ -269,7 +271,7 @@ def fit_policy(
     opt = torch.optim.AdamW(policy.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps + 1, pct_start=.05)
     policy.model.train()
-    history, order = [], np.zeros(0, np.int64)
+    history, order = [] if history is None else history, np.zeros(0, np.int64)
     for step in progress(range(1, cfg.steps + 1), desc=desc):
         while len(order) < cfg.batch: order = np.concatenate([order, rng.permutation(len(rows))])
         k, order = order[:cfg.batch], order[cfg.batch:]

@@ -16,6 +16,7 @@ from ..actions import complete, impossible, is_valid, press, render, swipe, tap,
 from ..core import DigiqError
 from ..data import EpisodeStore, encode_screen
 from ..env import DeviceEnv
+from .figures import scale
 from .page import Explorer, SHARED, number, plain
 from .run import RunView
 from ..phone import SimPhone
@@ -176,7 +177,7 @@ async def think_soon(self:LivePhone):
 @patch
 def advise(self:LivePhone):
     "What the agent would do here, and what the critic thinks of it."
-    if not self.env.running: self.advice = dict(step=self.env.steps, rows=[], v=None, scale=.02); return
+    if not self.env.running: self.advice = dict(step=self.env.steps, rows=[], v=None, scale=1.); return
     if self.agent not in self.policies: self.policies[self.agent] = self.run.lab.agent(self.agent)
     where = [[x] for x in (self.env.task.goal, self.env.previous, self.env.screen, self.player.before)]
     samples = self.policies[self.agent].act(*where, self.SAMPLES, self.run.lab.preset.temperature)[0]
@@ -185,7 +186,7 @@ def advise(self:LivePhone):
     if self.run.has("critic"):
         with self.run.busy: (q,), (v,) = self.run.scorer(*where, [self.suggested])
     rows = [plain(a) | dict(count=samples.count(a), q=number(x), advantage=number(x - v)) for a, x in zip(self.suggested, q)]
-    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=max([.02, *(abs(r["advantage"]) for r in rows if r["advantage"] is not None)]))
+    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=scale([r["advantage"] for r in rows], v))
 
 # %% ../../nbs/70f_explore.live.ipynb #70f-013
 @patch

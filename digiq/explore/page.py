@@ -6,6 +6,8 @@
 __all__ = ['CSS', 'ELEMENTS', 'COLOURS_JS', 'SCREEN_JS', 'FILM_JS', 'SHARED', 'plain', 'number', 'Explorer']
 
 # %% ../../nbs/70c_explore.page.ipynb #70c-003
+import asyncio
+
 import anywidget
 import numpy as np
 import traitlets as T
@@ -105,7 +107,8 @@ const el = (tag, attrs = {}, ...children) => {
 const put = (node, ...children) => (node.replaceChildren(...children.filter(c => c !== null && c !== undefined)), node);
 const labelled = (text, control) => el("label", {}, text, control);
 const options = (select, values, chosen, name = v => v) => put(select, ...values.map(v => { const o = el("option", {value: v}, name(v)); o.selected = v === chosen; return o; }));
-const fixed = (x, digits = 3) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
+const places = x => x === 0 || Math.abs(x) >= .0995 ? 3 : Math.min(6, 1 - Math.floor(Math.log10(Math.abs(x)))); // two digits that count, or three decimals
+const fixed = (x, digits = places(x ?? 0)) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
 const pictures = new Map();
 const address = (bytes) => { // of a WebP picture
   if (!bytes) return "";
@@ -117,6 +120,7 @@ const address = (bytes) => { // of a WebP picture
 };
 const begin = (root, title, model) => { // what every explorer begins with
   root.classList.add("dq");
+  root.setAttribute("role", "region"); root.setAttribute("aria-label", title);
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out
   root.addEventListener("keydown", e => e.stopPropagation());
   const note = el("div", {class: "note", role: "status", "aria-live": "polite"});
@@ -200,6 +204,10 @@ class Explorer(anywidget.AnyWidget):
         self.run = run if isinstance(run, RunView) else RunView(run)
         super().__init__(**traits)
         self.on_msg(lambda _, message, buffers: self.ask(message))
+
+    def soon(self, work): # a coroutine, where there is a loop to run it; else now
+        try: return asyncio.get_running_loop().create_task(work)
+        except RuntimeError: asyncio.run(work)
 
     def ask(self, message):
         name = f"do_{message.get('do')}"
