@@ -196,4 +196,5 @@ def draw(self:Diagnostics, name):
     out = io.BytesIO()
     try: DIAGNOSTICS[name](self.run).save(out, "PNG")
     except DigiqError as e: return dict(name=name, lacking=str(e))
+    except Exception as e: return dict(name=name, lacking=f"The figure could not be drawn: {type(e).__name__}: {e}")
     return dict(name=name, picture=out.getvalue())

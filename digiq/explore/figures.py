@@ -232,14 +232,15 @@ def project(
 # %% ../../nbs/70b_explore.figures.ipynb #70b-022
 def draw_map(
     view, # the run
-    most:int=800, # pairs
+    most:int=600, # pairs, or a few more
 ) -> Image.Image:
     "Recorded actions by their f(s, a), coloured by whether the screen changed."
     view.lab.require("embeddings")
     rows = view.table("episodes")
     order = np.random.default_rng(0).permutation(rows.episode.unique()) # whole episodes: their screens lie side by side
-    rows = rows[rows.action.map(is_valid)].set_index("episode", drop=False)
-    rows = pd.concat([rows.loc[[e]] for e in order[:most] if e in rows.index]).head(most).sort_values(["episode", "step"])
+    rows = rows[rows.action.map(is_valid)]
+    so_far = rows.episode.value_counts().reindex(order, fill_value=0).cumsum().to_numpy()
+    rows = rows[rows.episode.isin(order[:1 + np.searchsorted(so_far, most)])]
     found = Embeddings(view.path/"embeddings")
     x = found[np.concatenate([found.rows(r.episode, r.step, [r.action]) for r in rows.itertuples()])]
     changed = np.array([view.picture("episodes", r.episode, r.step) != view.picture("episodes", r.episode, r.step + 1) for r in rows.itertuples()])

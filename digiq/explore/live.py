@@ -27,7 +27,7 @@ from ..rollout import Player
 LIVE_JS = r"""
 export default {render({model, el: root}) {
   const {note, bar} = begin(root, "Live phone", model);
-  const agents = el("select", {onchange: e => tell(model, "agent", e.target.value)}), tasks = el("select", {style: "max-width: 360px"}), seed = el("input", {type: "number", value: 0, min: 0});
+  const agents = el("select", {onchange: e => tell(model, "agent", e.target.value)}), tasks = el("select", {style: "max-width: 360px; width: 100%"}), seed = el("input", {type: "number", value: 0, min: 0});
   bar.append(labelled("Task", tasks), labelled("Seed", seed), el("button", {onclick: () => model.send({do: "begin", task: +tasks.value, seed: Math.round(+seed.value) || 0})}, "New episode"), labelled("Agent", agents));
   const goal = el("div", {class: "goal"}), box = el("div", {class: "screen live"}), facts = el("div", {class: "facts"}), table = el("div", {class: "scroll", style: "max-height: 300px"}), said = el("div", {class: "soft", role: "status"});
   const text = el("input", {type: "text", "aria-label": "text to type"}), type = () => { model.send({do: "type", text: text.value}); text.value = ""; };
