@@ -178,6 +178,11 @@ class Log(list):
         super().append(row)
         with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
 
+    def extend(self,
+        rows, # JSON-serialisable
+    ):
+        for row in rows: self.append(row)
+
 def read_log(
     path:str|Path, # file of a `Log`, perhaps still being written
 ) -> list: # its rows so far

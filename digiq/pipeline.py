@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
-           'preset_path', 'overlay', 'load_preset', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'open_run',
-           'readable', 'Nothing', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states',
-           'vary', 'smooth']
+           'preset_path', 'overlay', 'load_preset', 'judge_settings', 'device_settings', 'is_sequential', 'made_from',
+           'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'Nothing', 'returns',
+           'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import hashlib, platform, textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,13 @@ from .actions import in_words, is_valid, parse
 from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
+from .devices.pool import DeviceSettings, open_devices
 from .embed.base import embed_run
 from .embed.hf import HFEmbedder
 from .env import DeviceEnv
 from .extraction import ExtractionConfig, Scores
+from .fleet import collect_fleet
+from .judges import Judge, JudgeSettings, confusion, kappa
 from .phone import SimPhone
 from .policy import ImageEncoder, Policy
 from .proposals import ProposalConfig
@@ -46,7 +50,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=640 # how many
+    episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
 
@@ -63,7 +67,7 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=8 # samples that re-ranking chooses from
+    rerank:int=5 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 
@@ -75,12 +79,13 @@ class Preset:
     task_set:str="webshop" # what to train and to evaluate on
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
-    temperature:float=1.1 # at which all agents act, in collection and evaluation; 0 is greedy
+    temperature:float=1.2 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     threads:int=2 # of torch in training; results depend on it in the last digits
     workers:int=2 # processes that play, propose and embed, on a CPU; 1 to stay in one process
+    devices:DeviceSettings=DeviceSettings() # the phones: built-in ones, or Android over adb, and who judges there
     collection:CollectionConfig=CollectionConfig() # stage `collect`
     proposals:ProposalConfig=ProposalConfig() # stage `propose`
     representation:RepresentationConfig=RepresentationConfig() # stage `finetune`; holds the name of the VLM
@@ -132,6 +137,34 @@ def load_preset(
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
     return from_dict(Preset, overlay(to_dict(preset), overrides))
+
+# %% ../nbs/65_pipeline.ipynb #65-devices-3
+def judge_settings(
+    model:str, # as the endpoint calls it; "" for no judge
+    url:str, # of the endpoint
+    key:str, # environment variable with its key
+    examples:str="", # folder of pictures and verdicts
+) -> JudgeSettings|None:
+    "A judge from plain values."
+    return JudgeSettings(model, url, key, str(from_nbs(examples)) if examples else "") if model else None
+
+def device_settings(
+    kind:str, # simphone, adb or emulator
+    serials:str="", # of phones, with spaces between
+    avd:str="", # of emulators
+    emulators:int=4, # how many
+    *judge, # as for `judge_settings`
+) -> dict: # overrides for `load_preset`
+    "Devices from plain values. Built-in phones judge themselves, so a judge is left out there."
+    asked = judge_settings(*judge) if judge and kind != "simphone" else None
+    return dict(kind=kind, serials=serials.split() or None, emulator=dict(avd=avd, count=emulators) if avd else None, judge=asked and to_dict(asked))
+
+def is_sequential(
+    order:str, # "random" or "sequential"
+) -> bool:
+    "Whether tasks are played as they stand. Raises `ConfigError` for another order."
+    if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
+    return order == "sequential"
 
 # %% ../nbs/65_pipeline.ipynb #65-014
 PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
@@ -210,7 +243,13 @@ def settings(self:Experiment,
     "Every setting that the result of a stage depends on."
     found = to_dict(self.preset) | {"policy": fingerprint(self.preset.policy), "eyes": fingerprint(self.preset.eyes)}
     found["representation"] = found["representation"] | {"model": fingerprint(self.preset.representation.model)}
-    return {k: found[k] for k in lineage(stage)} | {"seed": self.seed}
+    return {k: found[k] for k in lineage(stage)} | played_on(found["devices"]) | {"seed": self.seed}
+
+def played_on(devices): # what rewards and screens depend on: not the cable, nor a limit or budget
+    if devices["kind"] == "simphone": return {}
+    some = lambda d, without: d and {k: v for k, v in d.items() if k not in without}
+    return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
+                        "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
 
 # %% ../nbs/65_pipeline.ipynb #65-022
 def open_run(
@@ -223,13 +262,20 @@ def open_run(
 
 # %% ../nbs/65_pipeline.ipynb #65-025
 @patch
+def finished(self:Experiment,
+    stage:str, # its name
+) -> bool:
+    "Whether a stage is finished."
+    record = self.path/"stages"/f"{stage}.json"
+    return record.exists() and read_json(record)["done"]
+
+@patch
 def require(self:Experiment,
     *stages:str, # names
 ):
     "Raise `DigiqError` naming the first of these stages that is not finished."
     for name in stages:
-        record = self.path/"stages"/f"{name}.json"
-        if record.exists() and read_json(record)["done"]: continue
+        if self.finished(name): continue
         call = CALLS.get(name) or f"{'evaluate' if '/' in name else 'train_policy'}({name.rpartition('/')[2]!r})"
         raise DigiqError(f"{self.path} has no finished stage {name}: call {call if '(' in call else call + '()'} first")
 
@@ -292,11 +338,31 @@ def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon)
 
 @patch
-def collect(self:Experiment) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
+def play(self:Experiment,
+    name:str, # of the set
+    policy, # with `act`
+    split:str, # of the tasks
+    cfg:Rollout, # how many, and how
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of `cfg.episodes`
+) -> EpisodeStore:
+    "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
+    played, kind = self.tasks(split), self.preset.devices.kind
+    if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
+    if kind == "simphone": return rollout.collect(self, played, policy, self.make_env, cfg, name, self.seed, self.workers, sequential)
+    with nullcontext([]) if self.finished(name) else open_devices(self.preset.devices, self.path/"judge") as makers:
+        return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet, name, self.seed, sequential) # a real phone cannot play an episode again
+
+@patch
+def collect(self:Experiment,
+    split:str="train", # of the tasks
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
+) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset
     cfg = Rollout(p.collection.episodes, p.collection.phones, p.temperature, p.horizon, p.collection.shard)
-    ended = evaluation.outcomes(rollout.collect(self, self.tasks("train"), self.behaviour, self.make_env, cfg, seed=self.seed, workers=self.workers))
+    ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
@@ -460,7 +526,7 @@ def score(self:Experiment) -> Scores:
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
-            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer).to(self.preset.device)), data, device=self.preset.device)
+            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer, self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
         with readable(path): columns = pd.read_parquet(path)
@@ -505,11 +571,13 @@ def agent(self:Experiment,
 @patch
 def evaluate(self:Experiment,
     name:str, # see `agent`
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
 ) -> pd.DataFrame: # how each episode ended
     "Play held-out tasks. The screens of the behaviour policy are kept: the critic is checked on them."
     p, cfg = self.preset, self.preset.evaluation
     how = Rollout(min(cfg.episodes, cfg.most), cfg.phones, p.temperature, p.horizon, cfg.shard, screens=name == "behaviour")
-    ended = evaluation.evaluate(self, name, self.agent(name), self.tasks(cfg.split), self.make_env, how, self.seed, self.workers)
+    ended = evaluation.evaluate(self, name, self.play(f"evaluations/{name}", self.agent(name), cfg.split, how, sequential, repeats))
     self.note()
     return ended
 
@@ -524,6 +592,28 @@ def rates(self:Experiment) -> dict: # success rates by agent
     found, order = self.metrics().get("success", {}), list(evaluation.COLOURS)
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
+
+# %% ../nbs/65_pipeline.ipynb #65-judge-2
+@patch
+def judge_agreement(self:Experiment,
+    cfg:JudgeSettings, # whom to ask
+    agent:str="behaviour", # whose evaluation; its screens must have been kept
+    most:int=100, # screens, half of them final
+) -> pd.DataFrame: # counts; rows: the truth, columns: what the judge says
+    "Compare a judge with the truth; agreement and Cohen's kappa go to metrics.json."
+    self.require(f"evaluations/{agent}")
+    if self.preset.devices.kind != "simphone": raise DigiqError("the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another run_dir")
+    store, judge, rng = EpisodeStore(self.path/"evaluations"/agent), Judge(cfg, self.path/"judge"), np.random.default_rng(derive_seed(self.seed, "judge"))
+    steps = store.episodes()
+    last = steps[(steps.action == "") & (steps.error == "") & (steps.step > 1)]
+    last = last.iloc[np.sort(rng.permutation(len(last))[:most // 2])]
+    won = steps.groupby("episode").reward.max() >= 1
+    asked = [(r, at, bool(won[r.episode]) and at == r.step) for r in last.itertuples() for at in (r.step, int(rng.integers(1, r.step)))]
+    screens = [[store.screen(r.episode, k) for k in (at - 1, at)] for r, at, _ in progress(asked, desc="asking the judge")]
+    said = [judge(SimpleNamespace(id=r.task_id, goal=r.goal), *shown) >= 1 for (r, _, _), shown in zip(asked, screens)]
+    table = confusion([truth for *_, truth in asked], said)
+    self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
+    return table
 
 # %% ../nbs/65_pipeline.ipynb #65-051
 @patch
