@@ -138,7 +138,7 @@ def load_preset(
     preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
     return from_dict(Preset, overlay(to_dict(preset), overrides))
 
-# %% ../nbs/65_pipeline.ipynb #65-devices-3
+# %% ../nbs/65_pipeline.ipynb #65-014
 def judge_settings(
     model:str, # as the endpoint calls it; "" for no judge
     url:str, # of the endpoint
@@ -166,7 +166,7 @@ def is_sequential(
     if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
     return order == "sequential"
 
-# %% ../nbs/65_pipeline.ipynb #65-014
+# %% ../nbs/65_pipeline.ipynb #65-017
 PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
@@ -183,7 +183,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
-# %% ../nbs/65_pipeline.ipynb #65-016
+# %% ../nbs/65_pipeline.ipynb #65-019
 RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
@@ -204,7 +204,7 @@ def lineage(
     stages, own = made_from(stage)
     return list(dict.fromkeys([field for s in stages for field in lineage(s)] + list(own)))
 
-# %% ../nbs/65_pipeline.ipynb #65-019
+# %% ../nbs/65_pipeline.ipynb #65-022
 class Experiment(Run):
     "All stages of Digi-Q in one run directory"
     def __init__(self,
@@ -225,7 +225,7 @@ class Experiment(Run):
         "As `Run.stage`, with the settings of everything that goes into the stage."
         return super().stage(name, dict(config, preset=self.settings(name)))
 
-# %% ../nbs/65_pipeline.ipynb #65-021
+# %% ../nbs/65_pipeline.ipynb #65-024
 def fingerprint(
     name:str, # of a model
 ) -> str: # the name, and a digest where the model is a directory
@@ -251,7 +251,7 @@ def played_on(devices): # what rewards and screens depend on: not the cable, nor
     return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
                         "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
 
-# %% ../nbs/65_pipeline.ipynb #65-022
+# %% ../nbs/65_pipeline.ipynb #65-026
 def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
@@ -260,7 +260,7 @@ def open_run(
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), seed)
 
-# %% ../nbs/65_pipeline.ipynb #65-025
+# %% ../nbs/65_pipeline.ipynb #65-029
 @patch
 def finished(self:Experiment,
     stage:str, # its name
@@ -288,7 +288,7 @@ def note(self:Experiment):
     self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()}, counts={k: r["counts"] for k, r in done.items() if r["counts"]},
         versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, digiq=__version__))
 
-# %% ../nbs/65_pipeline.ipynb #65-028
+# %% ../nbs/65_pipeline.ipynb #65-032
 def _load(what, name, load):
     path = Path(model_path(name)).expanduser()
     missing = f"{what} {name!r} cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
@@ -302,7 +302,7 @@ def eyes(self:Experiment) -> ImageEncoder:
     if "_eyes" not in self.__dict__: self._eyes = _load("the VLM for eyes", self.preset.eyes, lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
     return self._eyes
 
-# %% ../nbs/65_pipeline.ipynb #65-029
+# %% ../nbs/65_pipeline.ipynb #65-033
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
@@ -324,7 +324,7 @@ def behaviour(self:Experiment) -> Policy:
     if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
     return self._behaviour
 
-# %% ../nbs/65_pipeline.ipynb #65-032
+# %% ../nbs/65_pipeline.ipynb #65-036
 @patch
 def tasks(self:Experiment,
     split:str, # train, val or test
@@ -367,7 +367,7 @@ def collect(self:Experiment,
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
 
-# %% ../nbs/65_pipeline.ipynb #65-034
+# %% ../nbs/65_pipeline.ipynb #65-038
 @patch
 def featurise(self:Experiment) -> dict: # counts
     "Image features of all recorded screens."
@@ -385,7 +385,7 @@ def propose(self:Experiment) -> dict: # counts
     distinct = found["index"].map(max) + 1
     return dict(states=len(found), candidates=self.preset.proposals.n, distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
 
-# %% ../nbs/65_pipeline.ipynb #65-036
+# %% ../nbs/65_pipeline.ipynb #65-040
 @patch
 def checkpoint(self:Experiment,
     name:str, # of the stage and the directory
@@ -430,7 +430,7 @@ def result(self:Experiment,
     self.note()
     return read_json(path)
 
-# %% ../nbs/65_pipeline.ipynb #65-039
+# %% ../nbs/65_pipeline.ipynb #65-043
 @patch
 def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     "Teach the VLM which actions change the screen."
@@ -454,7 +454,7 @@ def embedder(self:Experiment) -> HFEmbedder:
     with readable(self.path/"checkpoints"/"representation") as path:
         return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-040
+# %% ../nbs/65_pipeline.ipynb #65-044
 @patch
 def embed(self:Experiment) -> dict: # counts
     "Store f(s, a) for all candidates."
@@ -466,7 +466,7 @@ def embed(self:Experiment) -> dict: # counts
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-042
+# %% ../nbs/65_pipeline.ipynb #65-046
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -480,7 +480,7 @@ def transitions(self:Experiment) -> training.Transitions:
     if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.eyes.dim)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-043
+# %% ../nbs/65_pipeline.ipynb #65-047
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
@@ -495,7 +495,7 @@ def train_critic(self:Experiment,
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-044
+# %% ../nbs/65_pipeline.ipynb #65-048
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -517,7 +517,7 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-046
+# %% ../nbs/65_pipeline.ipynb #65-050
 @patch
 def score(self:Experiment) -> Scores:
     "Q and V of every candidate of every state."
@@ -535,7 +535,7 @@ def score(self:Experiment) -> Scores:
     self.note()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-047
+# %% ../nbs/65_pipeline.ipynb #65-051
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -554,7 +554,7 @@ def train_policy(self:Experiment,
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-049
+# %% ../nbs/65_pipeline.ipynb #65-053
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -593,7 +593,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-judge-2
+# %% ../nbs/65_pipeline.ipynb #65-055
 @patch
 def judge_agreement(self:Experiment,
     cfg:JudgeSettings, # whom to ask
@@ -615,7 +615,7 @@ def judge_agreement(self:Experiment,
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
     return table
 
-# %% ../nbs/65_pipeline.ipynb #65-051
+# %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -639,7 +639,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-052
+# %% ../nbs/65_pipeline.ipynb #65-058
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -669,7 +669,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-056
+# %% ../nbs/65_pipeline.ipynb #65-062
 def relative(
     q:np.ndarray, # values of actions, float [n]
     v:float, # value of the state
@@ -686,13 +686,13 @@ def free_spot(
     "Where a label beside a mark covers no other one."
     w, h = size
     for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)):
-        cx, cy = np.clip(x + dx*(w/2 + 12), w/2, area[0] - w/2), y + dy*(h/2 + (6 if dx else 16))
+        cx, cy = np.clip(x + dx*(w/2 + 12), w/2, area[0] - w/2), y + dy*(h/2 + 6 if dx else 3*h/2 + 10)
         box = cx - w/2, cy - h/2, cx + w/2, cy + h/2
         if box[1] < 0 or box[3] > area[1] or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken): continue
         taken.append(box)
         return cx, cy
 
-# %% ../nbs/65_pipeline.ipynb #65-058
+# %% ../nbs/65_pipeline.ipynb #65-064
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -719,7 +719,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {text}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-059
+# %% ../nbs/65_pipeline.ipynb #65-065
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -747,7 +747,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage, % of V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-060
+# %% ../nbs/65_pipeline.ipynb #65-066
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -766,7 +766,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-064
+# %% ../nbs/65_pipeline.ipynb #65-070
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches

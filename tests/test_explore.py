@@ -159,6 +159,7 @@ async def field(it, view, e):
     q = view.combine(view.score(view.state("episodes", e, 3), [render(type_text(HOSTILE))], goal)[0])[0]
     said = await part.locator("tbody tr:first-child td:nth-child(4)").inner_text()
     assert abs(float(said.replace("−", "-")) - q) < max(.001, .05*abs(q)), (said, q)
+    await it.took("Field of Q: back to the recorded goal", part.locator("button:has-text('Back to the recorded goal')").click(), f"e.querySelector('canvas').dataset.goal === {json.dumps(view.state('episodes', e, 3).goal)}")
 
 
 async def live(it, view):
