@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'DigiqError', 'ConfigError', 'DataError', 'from_dict', 'to_dict', 'derive_seed', 'seed_all',
-           'atomic', 'write_json', 'read_json', 'Run', 'Stage', 'NotebookBar', 'progress', 'one_thread', 'share']
+           'atomic', 'write_json', 'read_json', 'Log', 'read_log', 'Run', 'Stage', 'NotebookBar', 'progress',
+           'one_thread', 'share']
 
 # %% ../nbs/00_core.ipynb #00-002
 import ctypes, hashlib, json, operator, os, random, shutil, signal, sys, time, traceback
@@ -161,6 +162,35 @@ def read_json(
         raise DataError(f"{path} is damaged: delete it and run its stage again") from None
 
 # %% ../nbs/00_core.ipynb #00-030
+class Log(list):
+    "A list that is also a file of JSON lines; begun anew when it is made."
+    def __init__(self,
+        path:str|Path, # file
+    ):
+        super().__init__()
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+
+    def append(self,
+        row, # JSON-serialisable
+    ):
+        super().append(row)
+        with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
+
+    def extend(self,
+        rows, # JSON-serialisable
+    ):
+        for row in rows: self.append(row)
+
+def read_log(
+    path:str|Path, # file of a `Log`, perhaps still being written
+) -> list: # its rows so far
+    "Read the whole lines of a log."
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+# %% ../nbs/00_core.ipynb #00-033
 class Run:
     "A run directory. Reading one that does not exist yet makes it."
     def __init__(self,
@@ -170,7 +200,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
     def __repr__(self): return f"Run({str(self.path)!r})"
 
-# %% ../nbs/00_core.ipynb #00-032
+# %% ../nbs/00_core.ipynb #00-035
 def _merge(old, new):
     if not (isinstance(old, dict) and isinstance(new, dict)): return new
     return old | {k: _merge(old.get(k), v) for k, v in new.items()}
@@ -190,7 +220,7 @@ def update_metrics(self:Run,
     write_json(self.path/"metrics.json", merged)
     return merged
 
-# %% ../nbs/00_core.ipynb #00-035
+# %% ../nbs/00_core.ipynb #00-038
 @dataclass
 class Stage:
     "One stage of a run, inside `with run.stage(...) as stage`."
@@ -207,14 +237,14 @@ class Stage:
         self.seconds, self.entered = self.seconds + now - self.entered, now
         write_json(self.path, {"config": self.config, "counts": self.counts, "done": self.done, "seconds": round(self.seconds, 3)})
 
-# %% ../nbs/00_core.ipynb #00-036
+# %% ../nbs/00_core.ipynb #00-039
 def _difference(a, b, where=""):
     "The first field in which two plain values differ, with both values."
     if not (isinstance(a, dict) and isinstance(b, dict)): return f"{where} was {a!r}, now {b!r}"
     key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
     return _difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
 
-# %% ../nbs/00_core.ipynb #00-038
+# %% ../nbs/00_core.ipynb #00-041
 @contextmanager
 def _lock(path, what):
     with open(path, "w") as f:
@@ -226,7 +256,7 @@ def _lock(path, what):
             else: break
         yield
 
-# %% ../nbs/00_core.ipynb #00-039
+# %% ../nbs/00_core.ipynb #00-042
 @patch
 @contextmanager
 def stage(self:Run,
@@ -249,7 +279,7 @@ def stage(self:Run,
                 result.done = True
             finally: result.save()
 
-# %% ../nbs/00_core.ipynb #00-044
+# %% ../nbs/00_core.ipynb #00-047
 class NotebookBar(tqdm):
     "A tqdm bar as one line of text in a notebook's output."
     def __init__(self, *args, **kwargs):
@@ -267,7 +297,7 @@ class NotebookBar(tqdm):
         if not self.disable: self.display()
         super().close()
 
-# %% ../nbs/00_core.ipynb #00-045
+# %% ../nbs/00_core.ipynb #00-048
 def progress(
     iterable=None, # what to go through; leave it out and call `.update(n)` yourself
     total:int=None, # number of items, where `iterable` has no length
@@ -277,7 +307,7 @@ def progress(
     "A progress bar with rate and time to go."
     return (NotebookBar if IN_NOTEBOOK else tqdm)(iterable, total=total, desc=desc, initial=initial, mininterval=1.)
 
-# %% ../nbs/00_core.ipynb #00-049
+# %% ../nbs/00_core.ipynb #00-052
 @contextmanager
 def one_thread():
     "Torch, where it is in use, on one thread."
@@ -288,7 +318,7 @@ def one_thread():
     finally:
         if torch: torch.set_num_threads(before)
 
-# %% ../nbs/00_core.ipynb #00-051
+# %% ../nbs/00_core.ipynb #00-054
 PR_SET_PDEATHSIG = 1 # of prctl: which signal to get when the parent ends
 
 def _work_in_copy(work, item, home, parent):
@@ -306,7 +336,7 @@ def _as_raised(kind, args, attributes, trace):
     if trace: error.add_note(f"In a process of its own:\n{trace}")
     return error
 
-# %% ../nbs/00_core.ipynb #00-052
+# %% ../nbs/00_core.ipynb #00-055
 def _begin(work, item):
     "A copy of this process that works on an item, and the pipe through which it is heard."
     fork = get_context("fork")
@@ -328,7 +358,7 @@ def _hear(pipe, process, told, finished):
     if isinstance(message, tuple): raise _as_raised(*message)
     told(message)
 
-# %% ../nbs/00_core.ipynb #00-053
+# %% ../nbs/00_core.ipynb #00-056
 def share(
     items:list, # what to work on, each by itself
     work, # (item, told): leaves its result in a file; tells how many more units it has done

@@ -6,7 +6,8 @@
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'judge_settings', 'device_settings', 'is_sequential', 'made_from',
            'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different', 'Nothing',
-           'read_scores', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
+           'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary',
+           'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import hashlib, platform, tempfile, textwrap
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer
 from . import __file__ as package, __version__
 from . import evaluation, extraction, proposals, representation, rollout, tasks, training
 from .actions import in_words, is_valid, parse
-from .core import ConfigError, DataError, DigiqError, Run, atomic, derive_seed, from_dict, progress, read_json, to_dict, write_json
+from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
@@ -419,6 +420,13 @@ def checkpoint(self:Experiment,
     team.wait()
     return report
 
+@patch
+def log(self:Experiment,
+    name:str, # of a stage that trains
+) -> Log: # logs/NAME.jsonl
+    "A learning curve that can be read while it grows."
+    return Log(self.path/"logs"/f"{name}.jsonl")
+
 @contextmanager
 def readable(
     path:Path, # of a file or directory that a stage wrote
@@ -449,7 +457,7 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
         vlm = VLM.load(cfg.model, cfg.side, cfg.dtype, self.preset.device)
         expected = vlm.model.config.vision_config.image_size
         if expected != cfg.side: raise DigiqError(f"VLM {cfg.model!r} reads pictures of {expected} pixels, but representation.side is {cfg.side}: set it to {expected}")
-        report = representation.finetune(vlm, representation.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed)
+        report = representation.finetune(vlm, representation.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed, self.log("representation"))
         vlm.save(path)
         return report
     report = self.checkpoint("representation", make)
@@ -508,7 +516,7 @@ def train_critic(self:Experiment,
     name = "critic" if representation else "critic_without_representation"
     cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation)
     def make(path):
-        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, bookmark=self.bookmark(name))
+        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, history=self.log(name), bookmark=self.bookmark(name))
         critic.save(path)
         return history[-1] | {"history": history}
     self.require("embeddings")
@@ -578,7 +586,7 @@ def train_policy(self:Experiment,
         table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
         prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, self.preset.actor, self.seed, name, self.bookmark(name))
+        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, self.preset.actor, self.seed, name, history=self.log(name), bookmark=self.bookmark(name))
         policy.save(path)
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
@@ -699,6 +707,29 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     return bins
 
 # %% ../nbs/65_pipeline.ipynb #65-063
+def relative(
+    q:np.ndarray, # values of actions, float [n]
+    v:float, # value of the state
+) -> np.ndarray: # float [n], 0.5 for half as much again
+    "Advantages as shares of the state's value."
+    return (q - v)/max(abs(v), 1e-4)
+
+def free_spot(
+    x:float, y:float, # of a mark, pixels
+    size:tuple[float, float], # width and height of its label
+    area:tuple[float, float], # width and height of the picture
+    taken:list[tuple], # (x0, y0, x1, y1) of labels so far; the new one is added
+): # the middle of the label; None where all places beside the mark are taken
+    "Where a label beside a mark covers no other one."
+    w, h = size
+    for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)):
+        cx, cy = np.clip(x + dx*(w/2 + 12), w/2, area[0] - w/2), y + dy*(h/2 + 6 if dx else 3*h/2 + 10)
+        box = cx - w/2, cy - h/2, cx + w/2, cy + h/2
+        if box[1] < 0 or box[3] > area[1] or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken): continue
+        taken.append(box)
+        return cx, cy
+
+# %% ../nbs/65_pipeline.ipynb #65-065
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -706,30 +737,33 @@ def draw_candidates(
     actions:list[str], # valid candidates
     q:np.ndarray, # of each, float [candidates]
     v:float, # of the state
-    colours, # a ScalarMappable for advantages
+    colours, # a ScalarMappable for relative advantages
 ):
-    "A screen with its candidate actions and their Q."
+    "A screen with its candidate actions and what the critic thinks of them."
     w, h = screen.size
     ax.imshow(screen); ax.set_xlim(0, w); ax.set_ylim(h, 0); ax.set_xticks([]); ax.set_yticks([])
-    ax.set_title("\n".join(textwrap.wrap(title, 26)[:3]) + f"\nV = {v:.2f}", fontsize=8)
-    words = []
+    ax.set_title("\n".join(textwrap.wrap(title, 26)[:3]) + f"\nV = {v:.2g}", fontsize=8)
+    words, boxes, gain = [], [], relative(q, v)
     for rank, i in enumerate(np.argsort(-q)):
-        a, colour = parse(actions[i]), colours.to_rgba(q[i] - v)
+        a, colour, text = parse(actions[i]), colours.to_rgba(gain[i]), f"{100*gain[i]:+.0f}%".replace("-", "−")
         y, x = a.touch
         if a.is_swipe: ax.annotate("", (a.lift[1]*w, a.lift[0]*h), (x*w, y*h), arrowprops=dict(arrowstyle="simple,tail_width=.3,head_width=.9", fc=colour, ec="#222222" if rank else "black", lw=.8 if rank else 2, mutation_scale=14, shrinkA=0, shrinkB=0))
         if a.is_tap and rank == 0: ax.scatter(x*w, y*h, s=150, color="white", edgecolors="black", linewidths=2, zorder=8)
         if a.is_tap: ax.scatter(x*w, y*h, s=65, color=[colour], edgecolors="#222222", linewidths=.8, zorder=9 - rank*.01)
         if (a.is_tap or a.is_swipe) and rank < 3:
-            ax.annotate(f"{q[i]:.2f}", (x*w, y*h), xytext=(7, 6), textcoords="offset points", fontsize=7, zorder=10, bbox=dict(boxstyle="round,pad=.15", fc="white", ec="none", alpha=.85))
-        if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {q[i]:.2f}")
+            spot = free_spot(x*w, y*h, (7 + 10*len(text), 24), (w, h), boxes)
+            if spot: ax.text(*spot, text, fontsize=6.5, ha="center", va="center", zorder=10, bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.88))
+        if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {text}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-064
+# %% ../nbs/65_pipeline.ipynb #65-066
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
     "A figure as a picture that does not weigh a notebook down."
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    FigureCanvasAgg(figure) # one that was made without pyplot has none
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     plt.close(figure)
@@ -744,14 +778,13 @@ def draw_states(
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    most = max(.02, *(np.abs(some - value).max() for some, value in zip(q, v)))
-    colours = ScalarMappable(Normalize(-most, most), plt.get_cmap("PRGn", 21))
+    colours = ScalarMappable(Normalize(-100, 100), plt.get_cmap("PRGn", 21))
     figure, axes = plt.subplots(1, len(found), figsize=(1.75*len(found) + .8, 5), layout="constrained", squeeze=False, dpi=100)
     for ax, p, some, value in zip(axes[0], found, q, v): draw_candidates(ax, p.screen, p.goal, p.candidates, some, value, colours)
-    figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
+    figure.colorbar(colours, ax=axes, label="advantage, % of V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-065
+# %% ../nbs/65_pipeline.ipynb #65-067
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -770,7 +803,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-069
+# %% ../nbs/65_pipeline.ipynb #65-071
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches
@@ -779,20 +812,33 @@ def smooth(
     return pd.Series(values, dtype=float).rolling(window, min_periods=1).mean().to_numpy()
 
 @patch
+def curves(self:Experiment) -> dict[str, list]: # name of what was trained: losses by minibatch; of critics, rows with `step`, `q`, `v`
+    "Learning curves of the experiment so far."
+    out = {}
+    for name in ("representation", "critic", "critic_without_representation", *RULES):
+        report, log = self.path/"checkpoints"/name/"report.json", self.path/"logs"/f"{name}.jsonl"
+        if report.exists(): report = read_json(report); rows = report.get("history", report.get("losses"))
+        else: rows = read_log(log) if log.exists() else []
+        if rows: out[name] = [r["loss"] if isinstance(r, dict) and "loss" in r else r for r in rows]
+    return out
+
+@patch
 def draw_curves(self:Experiment) -> Image.Image:
     "Losses of all trainings of the experiment so far."
-    import matplotlib.pyplot as plt
-    reports = {f.parent.name: read_json(f) for f in sorted((self.path/"checkpoints").glob("*/report.json"))}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained", dpi=90)
-    if "representation" in reports: left.plot(smooth(reports["representation"]["losses"]), color="#0072B2")
+    from matplotlib.figure import Figure
+    curves = self.curves()
+    if not curves: raise DigiqError(f"nothing has been trained yet in {self.path}: the curves begin with the first training")
+    figure = Figure(figsize=(10, 2.8), layout="constrained", dpi=90)
+    left, middle, right = figure.subplots(1, 3)
+    if "representation" in curves: left.plot(smooth(curves["representation"]), color="#0072B2")
     for name, style in dict(critic="-", critic_without_representation=":").items():
-        if name not in reports: continue
-        h = pd.DataFrame(reports[name]["history"])
+        if name not in curves: continue
+        h = pd.DataFrame(curves[name])
         label = "without f(s, a)" if "without" in name else "with f(s, a)"
         middle.plot(h.step, h.q, style, color="#0072B2", label=f"Q {label}")
         if "held_out_q" in h: middle.plot(h.step, h.held_out_q, style, color="#E69F00", label=f"held out, {label}")
     for name in RULES:
-        if name in reports: right.plot(smooth(reports[name]["history"]), color=evaluation.COLOURS.get(name), label=name)
+        if name in curves: right.plot(smooth(curves[name]), color=evaluation.COLOURS.get(name), label=name)
     for ax, title in zip((left, middle, right), ("yes/no fine-tuning", "critic", "policies, −log π(a|s)")):
         ax.set_visible(bool(ax.lines)); ax.set_title(title, fontsize=10); ax.set_xlabel("minibatch"); ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)

@@ -359,12 +359,13 @@ def finetune(
     examples:Examples, # see `effect_examples`
     config:RepresentationConfig,
     seed:int=0,
+    losses:list=None, # where the losses are put, e.g. a `Log`; a new list where None
 ) -> dict: # auc_before, auc_after (on held-out episodes), changed (share of the examples), losses (list)
     "Yes/no fine-tuning (paper, equation of section 4.1)."
     train, test = heldout(examples, config.heldout, seed)
     report = {"auc_before": auc(effect_scores(vlm, test), test.changed)}
     torch.manual_seed(derive_seed(seed, "finetune"))
-    rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), []
+    rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), [] if losses is None else losses
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, config.steps, config.warmup))
     vlm.model.train()

@@ -1,25 +1,33 @@
-"The explorers in a real browser, in Voila and in JupyterLab. Screenshots go to $DIGIQ_SCREENSHOTS where that is set; how long things took is printed."
+"The explorers: in a real browser, in Voila and in JupyterLab; on a run that is being written; over adb. $DIGIQ_SCREENSHOTS is where pictures and times go, $DIGIQ_RUN a run in the place of a small one."
 import asyncio, json, os, secrets, shutil, signal, socket, subprocess, sys, time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from adbutils import AdbClient
+from digiq.actions import render, swipe, tap, type_text
+from digiq.devices.adb import AdbDevice, AdbSettings, ask_phone
+from digiq.devices.adbd import Adbd, adb_server
+from digiq.devices.android import Android
 from digiq.env import perform
+from digiq.explore import ActionExplorer, LivePhone, TrajectoryExplorer
 from digiq.explore.run import RunView
 from digiq.phone import SimPhone, oracle
 from digiq.pipeline import load_preset, open_run
 from notebooks import root
 
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+if not chromium and os.environ.get("DIGIQ_CI"): raise RuntimeError("Chromium is missing: apt-get install chromium")
+in_browser = pytest.mark.skipif(not chromium, reason="Chromium is missing: apt-get install chromium")
 WAIT = 120_000 # ms, on a busy machine
 HOSTILE = "<img src=x onerror='window.hacked=1'>"
-pytestmark = pytest.mark.skipif(not (chromium and os.environ.get("DIGIQ_BROWSER")), reason="needs Chromium and minutes: set DIGIQ_BROWSER=1")
 
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory):
-    "A small run with everything, made once; $DIGIQ_RUN names one that is there already."
+    "A small run with everything, made once. Its name is hostile, too."
     if os.environ.get("DIGIQ_RUN"): return Path(os.environ["DIGIQ_RUN"])
     path = tmp_path_factory.mktemp("explore")/"a run <b>'\" #1"
     lab = open_run(path, load_preset("smoke"))
@@ -41,168 +49,300 @@ def server(command, log, **kwargs):
         try: yield process
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+            try: process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+class Show:
+    "A page of a browser; `times` is how long things took, in ms."
+    def __init__(self, page, name): self.page, self.name, self.times, self.outside = page, name, {}, []
+
+    async def local(self, route): # nothing may be fetched from elsewhere
+        here = route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+        if not here: self.outside.append(route.request.url)
+        await (route.continue_() if here else route.abort())
+
+    def part(self, title): return self.page.locator(f".dq[aria-label='{title}']")
+
+    async def until(self, what, script, began=None): # script: of `e`, the explorer's element
+        title, _, what = what.partition(": ")
+        began = began or time.perf_counter()
+        await self.page.wait_for_function(f"(() => {{ const e = document.querySelector(`.dq[aria-label='{title}']`); return e && ({script}); }})()", polling="raf")
+        self.times[f"{title}: {what}"] = round(1000*(time.perf_counter() - began))
+
+    async def took(self, what, do, script): # do something, and wait for its result
+        began = time.perf_counter()
+        await do
+        await self.until(what, script, began)
+
+    async def picture(self, name):
+        if folder := os.environ.get("DIGIQ_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            await self.page.screenshot(path=f"{folder}/{name}-{self.name}.png")
+            Path(folder, f"times-{self.name}.json").write_text(json.dumps(self.times, indent=1))
 
 
 @asynccontextmanager
-async def browser(url, width=1300, height=1000):
+async def show(url, name, width=1300, height=1000):
     from playwright.async_api import async_playwright
     async with async_playwright() as p:
         chrome = await p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
         page = await chrome.new_page(viewport=dict(width=width, height=height))
         page.set_default_timeout(WAIT)
-        async def local(route): await (route.continue_() if "//127.0.0.1:" in route.request.url or route.request.url.startswith(("data:", "blob:")) else route.abort())
-        await page.route("**/*", local)
+        it = Show(page, name)
+        await page.route("**/*", it.local)
         for _ in range(240):
             try: await page.goto(url); break
             except Exception: await asyncio.sleep(.5)
-        yield page
+        yield it
+        print(name, json.dumps(it.times, indent=1))
+        assert not it.outside, it.outside
+        assert not await page.evaluate("window.hacked"), "text was read as HTML"
+        assert not await page.evaluate("[...document.querySelectorAll('.dq input, .dq select, .dq button, .dq svg[tabindex]')].filter(e => !(e.closest('label') || e.getAttribute('aria-label') || e.textContent.trim())).length"), "every control has a label"
         await chrome.close()
 
 
-async def took(page, what, do, script):
-    "Do something, and wait until a script finds its result on the page; prints the time between."
-    began = time.perf_counter()
-    await do
-    await page.wait_for_function(script, polling="raf")
-    print(f"{what}: {1000*(time.perf_counter() - began):.0f} ms")
+def long_pair(view):
+    "The first of two neighbouring episodes with four steps or more."
+    n = view.episodes().steps.tolist()
+    return next(e for e in range(1, len(n) - 1) if min(n[e:e + 2]) >= 4)
 
 
-async def picture(page, name):
-    if folder := os.environ.get("DIGIQ_SCREENSHOTS"): await page.screenshot(path=f"{folder}/{name}.png")
+async def trajectory(it, view, e):
+    part, shown = it.part("Trajectory explorer"), "e.querySelector('.film').dataset.episode"
+    await it.took("Trajectory explorer: choose an episode", part.locator(f".list button:nth-child({e + 1})").click(), f"{shown} === '{e}'")
+    assert await part.locator(".frame").count() == len(view.steps("episodes", e))
+    chosen = lambda k: f"e.querySelectorAll('.frame')[{k}].getAttribute('aria-current') === 'true'"
+    await it.took("Trajectory explorer: choose a step", part.locator(".frame:nth-child(2)").click(), chosen(1))
+    await it.took("Trajectory explorer: next step by key", it.page.keyboard.press("ArrowRight"), chosen(2))
+    v = view.values("episodes", e)[1][2]
+    said = await part.locator(".facts b").nth(1).inner_text()
+    assert abs(float(said.replace("−", "-")) - v) < max(.001, .05*abs(v)), (said, v)
+    await it.took("Trajectory explorer: next episode by key", it.page.keyboard.press("ArrowDown"), f"{shown} === '{e + 1}'")
+    await part.locator("input[type=search]").fill(HOSTILE)
+    assert await part.locator(".list button").count() == 0
+    await part.locator("input[type=search]").fill("")
+    await part.locator(".frame:nth-child(3)").click()
 
 
-async def tab(page, name, selector):
-    began = time.perf_counter()
-    await page.click(f".lm-TabBar-tab:has-text('{name}')")
-    await page.wait_for_selector(selector)
-    print(f"{name}, first picture: {1000*(time.perf_counter() - began):.0f} ms")
+async def actions(it, view, e):
+    part = it.part("Action explorer").first
+    await it.until("Action explorer: follows", f"e.querySelector('[data-state]').dataset.state === '{e}/2'")
+    found, rows = view.candidates("episodes", e, 2)[0], part.locator("tbody tr")
+    assert await rows.count() == len(found)
+    place = await rows.first.get_attribute("data-candidate")
+    await rows.first.focus()
+    assert await part.locator("tr.on").get_attribute("data-candidate") == place
+    await rows.first.click()
+    taps = found[found.words.str.startswith("tap")]
+    if len(taps): assert await part.locator(".screen .mark").count() >= len(taps)
+    await it.took("Action explorer: next step", part.locator("[aria-label='next step']").click(), f"e.querySelector('[data-state]').dataset.state === '{e}/3'")
 
 
-async def see_all(url, view, name, width):
-    ended, shown = view.episodes(), "document.querySelector('.film').dataset.episode"
-    async with browser(url, width) as page:
-        await page.wait_for_selector(".dq .frame")
-        await took(page, "choose an episode", page.click(".dq .list button:nth-child(3)"), f"{shown} === '2'")
-        assert await page.locator(".dq .frame").count() == len(view.steps("episodes", 2))
-        await took(page, "choose a step", page.click(".dq .frame:nth-child(2)"), "document.querySelectorAll('.dq .frame')[1].getAttribute('aria-current') === 'true'")
-        await took(page, "next step by key", page.keyboard.press("ArrowRight"), "document.querySelectorAll('.dq .frame')[2].getAttribute('aria-current') === 'true'")
-        v = view.values("episodes", 2)[1][2]
-        assert f"{v:.3f}" in await page.locator(".dq .facts").first.inner_text()
-        await took(page, "next episode by key", page.keyboard.press("ArrowDown"), f"{shown} === '3'")
-        await page.fill(".dq input[type=search]", HOSTILE)
-        assert await page.locator(".dq .list button").count() == 0
-        await page.fill(".dq input[type=search]", "")
-        await picture(page, f"trajectory-{name}")
-
-        await tab(page, "Actions", ".dq tbody tr")
-        found, _ = view.candidates("episodes", 3, 2)
-        rows = page.locator(".dq tbody tr")
-        assert await rows.count() == len(found)
-        place = await rows.first.get_attribute("data-candidate")
-        await rows.first.focus()
-        assert await page.locator(".dq tr.on").get_attribute("data-candidate") == place
-        await rows.first.click()
-        await picture(page, f"actions-{name}")
-        await took(page, "next step of candidates", page.click("[aria-label='next step']:visible"), "document.querySelector('[data-state]').dataset.state === '3/3'")
-
-        await tab(page, "Field of Q", "canvas[data-judged]")
-        began = time.perf_counter()
-        await page.wait_for_function("+document.querySelector('canvas').dataset.judged >= 180")
-        print(f"coarse field, after its first piece: {1000*(time.perf_counter() - began):.0f} ms")
-        judged = "[...document.querySelectorAll('.phone table td:first-child')].filter(e => e.offsetParent).length"
-        box = await page.locator(".screen .over:visible").bounding_box()
-        await took(page, "judge a tap", page.mouse.click(box["x"] + box["width"]/2, box["y"] + box["height"]/4), f"{judged} === 1")
-        await page.wait_for_function("document.querySelector('canvas').dataset.done === 'true'")
-        await took(page, "judge another tap", page.mouse.click(box["x"] + box["width"]/3, box["y"] + box["height"]/3), f"{judged} === 2")
-        before = await page.locator(".phone .scroll:visible tbody").inner_text()
-        await page.fill("[aria-label='text to type']:visible", HOSTILE)
-        await took(page, "judge a typed text", page.keyboard.press("Enter"), f"{judged} === 3")
-        goal = f"Go to {HOSTILE}"
-        await took(page, "another goal", page.fill(".phone label input[type=text]:visible >> nth=0", goal), f"document.querySelector('canvas').dataset.goal === {json.dumps(goal)}")
-        after = await page.locator(".phone .scroll:visible tbody").inner_text()
-        assert HOSTILE in after and before not in after
-        await picture(page, f"field-{name}")
-
-        await tab(page, "Live phone", ".dq[data-advice]")
-        await picture(page, f"live-{name}")
-        await play(page, view)
-
-        await tab(page, "Compare", ".dq .frame:visible")
-        await took(page, "compare another pair", page.locator(".dq .list:visible button").nth(1).click(), "[...document.querySelectorAll('[data-chosen]')].some(e => e.dataset.chosen === '1')")
-        await picture(page, f"compare-{name}")
-        await tab(page, "Diagnostics", ".dq .card img:visible")
-        for figure in ("ROC of V", "Map of f(s, a)"): await took(page, figure, page.click(f"[role=tab]:has-text('{figure}'):visible"), f"[...document.querySelectorAll('[data-name]')].some(e => e.dataset.name === {json.dumps(figure)} && e.querySelector('img'))")
-        await picture(page, f"diagnostics-{name}")
-        assert not await page.evaluate("window.hacked"), "text was read as HTML"
-        assert not await page.evaluate("[...document.querySelectorAll('.dq input, .dq select, .dq button, .dq svg[tabindex]')].filter(e => !(e.closest('label') || e.getAttribute('aria-label') || e.textContent.trim())).length"), "every control has a label"
-        assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off at the right"
+async def field(it, view, e):
+    part, judged = it.part("Field of Q"), "e.querySelectorAll('table td:first-child').length"
+    await it.until("Field of Q: all coarse taps", "+e.querySelector('canvas')?.dataset.judged >= 180")
+    box = await part.locator(".screen .over").bounding_box()
+    click = lambda x, y: it.page.mouse.click(box["x"] + box["width"]*x, box["y"] + box["height"]*y)
+    await it.took("Field of Q: judge a tap while the field is computed", click(.5, .25), f"{judged} === 1")
+    await it.until("Field of Q: fine taps", "e.querySelector('canvas').dataset.done === 'true'")
+    await it.took("Field of Q: judge a tap", click(.3, .3), f"{judged} === 2")
+    before = await part.locator("tbody").inner_text()
+    await part.locator("[aria-label='text to type']").fill(HOSTILE)
+    await it.took("Field of Q: judge a typed text", it.page.keyboard.press("Enter"), f"{judged} === 3")
+    goal = f"Go to {HOSTILE}"
+    await it.took("Field of Q: another goal", part.locator("label input[type=text]").first.fill(goal), f"e.querySelector('canvas').dataset.goal === {json.dumps(goal)}")
+    after = await part.locator("tbody").inner_text()
+    assert HOSTILE in after and before not in after
+    q = view.combine(view.score(view.state("episodes", e, 3), [render(type_text(HOSTILE))], goal)[0])[0]
+    said = await part.locator("tbody tr:first-child td:nth-child(4)").inner_text()
+    assert abs(float(said.replace("−", "-")) - q) < max(.001, .05*abs(q)), (said, q)
+    await it.took("Field of Q: back to the recorded goal", part.locator("button:has-text('Back to the recorded goal')").click(), f"e.querySelector('canvas').dataset.goal === {json.dumps(view.state('episodes', e, 3).goal)}")
 
 
-async def play(page, view):
-    "Play an episode of the live phone to its end, as the oracle would, by mouse and keyboard."
-    where, taken = "[...document.querySelectorAll('.dq[data-step]')].find(e => e.offsetParent)", len(view.store("demonstrations")) if "demonstrations" in view.sets() else 0
+async def live(it, view):
+    "Play an episode to its end, as the oracle would, by mouse and keyboard."
+    part, taken = it.part("Live phone"), len(view.store("demonstrations")) if "demonstrations" in view.sets() else 0
     phone, task = SimPhone(disturbance=view.lab.preset.disturbance), view.lab.tasks("test")[0]
     phone.reset(task, 0)
-
+    await it.until("Live phone: first advice", "e.dataset.advice === '0'")
     for step in range(40):
-        if await page.evaluate(f"{where}.dataset.running") == "false": break
+        if await part.get_attribute("data-running") == "false": break
         action = oracle(phone, task)
         if action.is_tap or action.is_swipe:
-            box = await page.locator(".screen.live .over").bounding_box()
+            box = await part.locator(".screen.live .over").bounding_box()
             at = lambda p: (box["x"] + p[1]*box["width"], box["y"] + p[0]*box["height"])
-            await page.mouse.move(*at(action.touch)); await page.mouse.down()
-            await page.mouse.move(*at(action.lift))
-            do = page.mouse.up()
+            await it.page.mouse.move(*at(action.touch)); await it.page.mouse.down()
+            await it.page.mouse.move(*at(action.lift))
+            do = it.page.mouse.up()
         elif action.kind == "TYPE":
-            await page.fill(".phone [aria-label='text to type']:visible", action.text)
-            do = page.keyboard.press("Enter")
-        else: do = page.click(f".phone button:visible:has-text('{action.kind.removeprefix('PRESS_').lower()}')")
-        await took(page, f"live {action.kind.lower()}", do, f"+{where}.dataset.step === {step + 1}")
+            await part.locator("[aria-label='text to type']").fill(action.text)
+            do = it.page.keyboard.press("Enter")
+        else: do = part.locator(f"button:has-text('{action.kind.removeprefix('PRESS_').lower()}')").click()
+        await it.took(f"Live phone: {action.kind.lower()} {step}", do, f"+e.dataset.step === {step + 1}")
         perform(phone, action)
-    assert await page.evaluate(f"{where}.dataset.reward") == "1"
+    assert await part.get_attribute("data-reward") == "1"
     assert len(view.store("demonstrations")) == taken + 1
 
 
+async def compare(it):
+    part = it.part("Compare agents")
+    await it.until("Compare agents: screens of the first pair", "e.querySelector('[data-screens=\"0\"]')")
+    began = time.perf_counter()
+    await it.took("Compare agents: another pair", part.locator(".list button").nth(1).click(), "e.querySelector('[data-chosen=\"1\"] .frame')")
+    await it.until("Compare agents: its screens, played again", "e.querySelector('[data-screens=\"1\"]')", began)
+
+
+async def diagnostics(it):
+    part = it.part("Diagnostics")
+    await it.until("Diagnostics: first figure", "e.querySelector('.card img')")
+    for name in ("Map of f(s, a)", "ROC of V"):
+        began, there = time.perf_counter(), f"e.querySelector('[data-name={json.dumps(name)}]')"
+        await it.took(f"Diagnostics: {name}, answer", part.locator(f"[role=tab]:has-text('{name}')").click(), there)
+        await it.until(f"Diagnostics: {name}, drawn", f"{there}?.querySelector('img')", began)
+
+
+async def see_all(url, view, name, width):
+    e = long_pair(view)
+    async with show(url, name, width) as it:
+        async def tab(title, explorer, selector):
+            await it.took(f"{explorer}: first picture", it.page.click(f".lm-TabBar-tab:has-text('{title}')"), f"e.querySelector('{selector}')")
+        await it.page.wait_for_selector(".dq .frame")
+        await trajectory(it, view, e)
+        await it.picture("trajectory")
+        await tab("Actions", "Action explorer", "tbody tr")
+        await actions(it, view, e + 1)
+        await it.picture("actions")
+        await tab("Field of Q", "Field of Q", "canvas[data-judged]")
+        await field(it, view, e + 1)
+        await it.picture("field")
+        await tab("Live phone", "Live phone", ".screen.live .over")
+        await it.until("Live phone: first advice", "e.dataset.advice === '0'")
+        await it.picture("live")
+        await live(it, view)
+        await tab("Compare", "Compare agents", ".frame")
+        await compare(it)
+        await it.picture("compare")
+        await tab("Diagnostics", "Diagnostics", "[data-name]")
+        await diagnostics(it)
+        await it.picture("diagnostics")
+        assert await it.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off at the right"
+
+
+@in_browser
 @pytest.mark.parametrize("theme, width", [("light", 1600), ("dark", 900)])
 def test_voila(run_dir, tmp_path, theme, width):
     number, log = port(), tmp_path/"log"
     with server([sys.executable, "-u", "-m", "digiq.explore", str(run_dir), "--no-browser", "--port", str(number), "--theme", theme], log):
         while "token=" not in log.read_text(): time.sleep(.2)
         url = next(line for line in log.read_text().splitlines() if "token=" in line).strip()
-        asyncio.run(see_all(url, RunView(run_dir), f"{theme}-{width}", width))
+        asyncio.run(see_all(url, RunView(run_dir), f"voila-{theme}-{width}", width))
 
 
-async def run_notebook(url):
-    async with browser(url, 1400, 8000) as page: # cells that are out of sight are not drawn
+MANY = """import numpy as np
+from digiq.actions import press, render, swipe, tap, type_text
+rng = np.random.default_rng(0)
+many = [tap(*rng.random(2)) for _ in range(52)] + [swipe(*rng.random(4)) for _ in range(8)] + [press("back"), press("home"), type_text("<b>lamp</b>"), type_text("a long text " * 9)]
+run.proposed = lambda *where: [*map(render, many)]
+ActionExplorer(run, set=[s for s in run.sets() if s.startswith("evaluations")][0])"""
+
+
+async def run_notebook(url, view, name, width):
+    e = long_pair(view)
+    async with show(url, name, width, 9000) as it: # cells that are out of sight are not drawn
+        page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
-        await page.wait_for_timeout(3000)
+        await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-        await page.wait_for_selector(".dq .frame")
-        await page.wait_for_selector(".jp-RenderedImage img >> nth=1", state="attached")
-        found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.querySelector('h3').textContent)")
-        await page.locator(".dq .frame").nth(1).click()
-        await page.keyboard.press("ArrowRight")
-        await page.wait_for_function("document.querySelectorAll('.dq .frame')[2].getAttribute('aria-current') === 'true'")
-        await page.wait_for_function("[...document.querySelectorAll('[data-state]')].some(e => e.dataset.state === '0/2')")
-        await picture(page, "jupyterlab")
-        return found
+        await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
+        found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.getAttribute('aria-label'))")
+        assert found == ["Trajectory explorer", "Action explorer", "Field of Q", "Live phone", "Compare agents", "Diagnostics", "Action explorer"]
+        assert await it.part("Action explorer").nth(1).locator("tbody tr").count() == 64
+        await trajectory(it, view, e)
+        await actions(it, view, e + 1)
+        await field(it, view, e + 1)
+        await live(it, view)
+        await compare(it)
+        await diagnostics(it)
+        await it.picture("jupyterlab")
 
 
-def test_jupyterlab(run_dir, tmp_path):
-    "nbs/explore.ipynb, all cells: the explorers follow each other, and JupyterLab's own keys stay out."
+@in_browser
+@pytest.mark.parametrize("theme, width", [("dark", 1600), ("light", 900)])
+def test_jupyterlab(run_dir, tmp_path, theme, width):
+    "nbs/explore.ipynb, all cells, and one of 64 candidates: the explorers follow each other, and JupyterLab's own keys stay out."
     nb = nbformat.read(root/"nbs"/"explore.ipynb", 4)
     cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
     cell.source = cell.source.replace('"papermill_runs/train"', repr(str(run_dir.resolve())))
+    nb.cells.append(nbformat.v4.new_code_cell(MANY))
+    for c in nb.cells:
+        if c.cell_type == "code": c.outputs = []
     nbformat.write(nb, tmp_path/"explore.ipynb")
+    settings = tmp_path/"settings"/"@jupyterlab"/"apputils-extension"
+    settings.mkdir(parents=True)
+    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"theme": f"JupyterLab {theme.title()}"}))
     number, token = port(), secrets.token_urlsafe()
-    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None"]
+    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]
     with server(command, tmp_path/"log", cwd=tmp_path):
-        found = asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}"))
-    assert found[:3] == ["Trajectory explorer", "Action explorer", "Field of Q"]
+        asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}", RunView(run_dir), f"{theme}-{width}", width))
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="asked in CI only")
-def test_ci_has_a_browser():
-    assert chromium, "CI must install Chromium"
+def test_a_run_that_is_being_written(tmp_path):
+    "An explorer opens as soon as there is an episode, says what is missing, and finds the rest later."
+    make = "import sys; from digiq.pipeline import load_preset, open_run; lab = open_run(sys.argv[1], load_preset('smoke')); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
+    writer = subprocess.Popen([sys.executable, "-c", make, str(tmp_path/"run")], env=dict(os.environ, PYTHONPATH=str(root)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not any((tmp_path/"run"/"episodes").glob("*.parquet")):
+            assert writer.poll() is None
+            time.sleep(.02)
+        explorer = TrajectoryExplorer(tmp_path/"run")
+        early = len(explorer.rows)
+        assert 0 < early < 40 and "episodes is still being written" in explorer.note and "critic has not been run" in explorer.note
+        assert ActionExplorer(explorer.run).state["rows"]
+        log, seen = tmp_path/"run"/"logs"/"representation.jsonl", set()
+        while writer.poll() is None: # the curve grows
+            if log.exists() and explorer.run.lab.curves(): seen.add(len(explorer.run.lab.curves()["representation"]))
+            time.sleep(.02)
+        assert writer.returncode == 0 and len(seen) > 2 and max(seen) == 20
+    finally: writer.kill(), writer.wait()
+    explorer.do_refresh()
+    assert len(explorer.rows) == 40 and "still being written" not in explorer.note
+
+
+def test_many_candidates(run_dir):
+    "64 and more, on a state whose candidates nobody has embedded."
+    view, rng = RunView(run_dir), np.random.default_rng(0)
+    many = [render(a) for a in [tap(*rng.random(2)) for _ in range(60)] + [swipe(*rng.random(4)) for _ in range(12)] + [type_text(HOSTILE)]]
+    view.proposed = lambda *where: many
+    explorer = ActionExplorer(view, set=next(s for s in view.sets() if s.startswith("evaluations")))
+    rows = explorer.state["rows"]
+    assert len(rows) == 73 and sum(r["chosen"] for r in rows) == 1 and all(np.isfinite(r["advantage"]) for r in rows)
+
+
+def test_live_phone_over_adb(tmp_path):
+    "The same widget on a phone that is reached by adb."
+    adb = shutil.which("adb")
+    if not adb:
+        if os.environ.get("DIGIQ_CI"): raise RuntimeError("adb is missing: apt-get install adb")
+        pytest.skip("adb is missing: apt-get install adb")
+    android = Android(SimPhone(disturbance=0))
+    with adb_server(adb), Adbd([android]) as served:
+        AdbClient().connect(served.addresses[0], timeout=60)
+        phone = LivePhone(tmp_path, AdbDevice(served.addresses[0], AdbSettings(settle=0, pause=.01)), ask_phone)
+        for _ in range(20):
+            if not phone.env.running: break
+            a = oracle(android.phone, phone.env.task)
+            if a.is_tap: phone.ask({"do": "tap", "y": a.touch[0], "x": a.touch[1]})
+            elif a.is_swipe: phone.ask({"do": "swipe", "y": a.touch[0], "x": a.touch[1], "y1": a.lift[0], "x1": a.lift[1]})
+            elif a.kind == "TYPE": phone.ask({"do": "type", "text": a.text})
+            else: phone.ask({"do": "press", "key": a.kind.removeprefix("PRESS_").lower()})
+            assert not phone.note
+        assert phone.frame["reward"] == 1 and "Recorded as episode 0" in phone.frame["message"]
+    phone.ask({"do": "begin", "task": 0, "seed": 1}) # the phone is gone
+    assert served.addresses[0] in phone.note
+    steps = RunView(tmp_path).steps("demonstrations", 0)
+    assert steps.reward.max() == 1 and steps.action.iloc[-1] == ""

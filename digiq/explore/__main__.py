@@ -10,6 +10,7 @@ import argparse, secrets, sys, tempfile
 from pathlib import Path
 
 import nbformat
+from traitlets.config import Config
 
 from ..core import DigiqError
 from .run import RunView
@@ -45,7 +46,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         page = write_page(view.path, folder)
         print(f"http://127.0.0.1:{args.port}/?token={token}", flush=True)
-        Voila.launch_instance([str(page), "--Voila.ip=127.0.0.1", f"--port={args.port}", f"--token={token}", f"--theme={args.theme}", *["--no-browser"]*args.no_browser])
+        here = Config(Voila=dict(tornado_settings=dict(headers={"Content-Security-Policy": f"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws://127.0.0.1:{args.port}"})))
+        Voila.launch_instance(config=here, argv=[str(page), "--Voila.ip=127.0.0.1", f"--port={args.port}", f"--token={token}", f"--theme={args.theme}", *["--no-browser"]*args.no_browser])
 
 # %% ../../nbs/71a_explore.__main__.ipynb #71a-008
 #| eval: false

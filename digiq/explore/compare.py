@@ -6,13 +6,13 @@
 __all__ = ['COMPARE_JS', 'DIAGNOSTICS_JS', 'CompareRuns', 'Diagnostics']
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-002
-import io
-
+import asyncio, io
 
 import traitlets as T
 from fastcore.basics import patch
 
-
+from ..core import DigiqError
+from ..data import decode_screen
 from ..evaluation import success
 from .figures import DIAGNOSTICS, parting
 from .page import Explorer, SHARED, plain
@@ -35,11 +35,18 @@ export default {render({model, el: root}) {
     const p = model.get("pair");
     if (!p.sides) { put(goal); put(strips); return; }
     put(goal, p.goal, el("span", {class: "soft"}, `   level ${p.level}. ` + (p.parts < Math.max(...p.sides.map(s => s.steps.length)) - 1 ? `They part at step ${p.parts}.` : "They never part.")));
-    const boxes = p.sides.map(() => el("div", {class: "film", tabindex: 0})), both = p.sides.map((s, k) => film(s.steps, s.shots, p.size, i => both.forEach(f => f.select(i)), p.parts));
+    const boxes = p.sides.map((s, k) => el("div", {class: "film", tabindex: 0, role: "group", "aria-label": `steps of ${"AB"[k]}`})), both = p.sides.map(s => film(s.steps, [], [270, 600], i => both.forEach(f => f.select(i)), p.parts));
     put(strips, ...p.sides.flatMap((s, k) => [el("div", {class: "soft", style: "margin-top: 6px"}, el("b", {}, `${"AB"[k]}: ${s.name}`), s.success ? "   ★ success" : "   no success", ` after ${s.steps.length - 1} steps`), put(boxes[k], both[k].row)]));
     boxes.forEach((b, k) => b.addEventListener("scroll", () => { boxes[1 - k].scrollLeft = b.scrollLeft; }));
     both.forEach(f => f.select(p.parts));
     strips.dataset.chosen = model.get("chosen");
+    drawScreens();
+  };
+  const drawScreens = () => { // into the strips that are there
+    const s = model.get("screens");
+    if (s.chosen !== model.get("chosen")) return;
+    strips.querySelectorAll(".film").forEach((f, k) => f.querySelectorAll("image").forEach((node, i) => { if (s.shots[k]?.[i]) node.setAttribute("href", address(s.shots[k][i])); }));
+    strips.dataset.screens = s.shots.every(x => x.length) ? s.chosen : "";
   };
   const drawRates = () => {
     const r = model.get("rates");
@@ -48,7 +55,7 @@ export default {render({model, el: root}) {
   };
   const where = () => { options(one, model.get("agents"), model.get("one")); options(other, model.get("agents"), model.get("other")); };
   for (const k of ["agents", "one", "other"]) model.on(`change:${k}`, where);
-  model.on("change:rows", draw); model.on("change:chosen", draw); model.on("change:pair", drawPair); model.on("change:rates", drawRates);
+  model.on("change:rows", draw); model.on("change:chosen", draw); model.on("change:pair", drawPair); model.on("change:screens", drawScreens); model.on("change:rates", drawRates);
   where(); draw(); drawPair(); drawRates();
 }};
 """
@@ -63,6 +70,7 @@ class CompareRuns(Explorer):
     rows = T.List().tag(sync=True) # episodes that both played
     chosen = T.Int(0).tag(sync=True) # place in `rows`
     pair = T.Dict().tag(sync=True) # both episodes
+    screens = T.Dict().tag(sync=True) # `chosen`, `size`, and `shots` of both, as far as they have been played again
     rates = T.List().tag(sync=True) # success by level
 
     def __init__(self,
@@ -71,6 +79,7 @@ class CompareRuns(Explorer):
         **traits, # `one` and `other` to begin with
     ):
         super().__init__(run, **traits)
+        self.task = None
         second = RunView(second) if isinstance(second, str) else second
         self.places = {n: (self.run, n) for n in self.run.sets() if n.startswith("evaluations/")}
         if second: self.places |= {f"{second.path.name}: {n}": (second, n) for n in second.sets() if n.startswith("evaluations/")}
@@ -89,7 +98,7 @@ def match(self:CompareRuns):
     self.both = ended[0].merge(ended[1], on=["task_id", "seed"], suffixes=("_a", "_b"))
     with self.hold_sync():
         self.rows = [dict(goal=r.goal_a, a=bool(r.success_a), b=bool(r.success_b)) for r in self.both.itertuples()]
-        self.rates, self.pair, self.note, self.chosen = [], {}, "", 0
+        self.rates, self.pair, self.screens, self.note, self.chosen = [], {}, {}, "", 0
         if not self.rows: self.note = f"{self.one} and {self.other} have no episode of the same task and seed"; return
         a, b = (success(self.both.rename(columns={f"success_{s}": "success", "level_a": "level"})[["success", "level"]]) for s in "ab")
         cell = lambda r: f"{100*r['mean']:.1f} [{100*r['low']:.1f}, {100*r['high']:.1f}]"
@@ -99,19 +108,27 @@ def match(self:CompareRuns):
 
 @patch
 def show(self:CompareRuns):
-    "Send both episodes. Raises `DigiqError` where their screens can neither be read nor played again."
+    "Send what both did, and then their screens."
+    if self.task: self.task.cancel()
     if not 0 <= self.chosen < len(self.rows): return
-    r, sides = self.both.iloc[self.chosen], []
-    for name, episode in ((self.one, int(r.episode_a)), (self.other, int(r.episode_b))):
-        view, stored = self.places[name]
-        rows = view.steps(stored, episode)
-        steps = [plain(x.action) | dict(step=int(x.step), reward=round(float(x.reward), 3), error=x.error) for x in rows.itertuples()]
-        sides.append(dict(name=name, steps=steps, success=bool(rows.reward.max() >= 1), shots=[view.picture(stored, episode, s) for s in rows.step], actions=rows[["action"]]))
-        size = view.screen(stored, episode, 0).size
-    parts = parting(*(s.pop("actions") for s in sides))
+    r = self.both.iloc[self.chosen]
+    played = [(*self.places[self.one], int(r.episode_a)), (*self.places[self.other], int(r.episode_b))]
+    rows = [view.steps(stored, episode) for view, stored, episode in played]
+    sides = [dict(name=name, success=bool(x.reward.max() >= 1), steps=[plain(s.action) | dict(step=int(s.step), reward=round(float(s.reward), 3), error=s.error) for s in x.itertuples()]) for name, x in zip((self.one, self.other), rows)]
     with self.hold_sync():
         self.note = ""
-        self.pair = dict(goal=r.goal_a, level=int(r.level_a), parts=parts, sides=sides, size=size)
+        self.pair = dict(goal=r.goal_a, level=int(r.level_a), parts=parting(*rows), sides=sides)
+    self.task = self.soon(self.follow(played))
+
+@patch
+async def follow(self:CompareRuns, played):
+    "Send the screens of both."
+    shots, chosen = [[], []], self.chosen
+    try:
+        for k, (view, stored, episode) in enumerate(played):
+            shots[k] = await view.pictures(stored, episode)
+            self.screens = dict(chosen=chosen, shots=list(shots), size=decode_screen(shots[k][0]).size)
+    except DigiqError as e: self.note = str(e)
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-009
 DIAGNOSTICS_JS = r"""
@@ -125,8 +142,8 @@ export default {render({model, el: root}) {
     const f = model.get("figure"), names = model.get("names");
     put(tabs, ...names.map((n, i) => el("button", {role: "tab", "aria-selected": n === model.get("name"), class: n === model.get("name") ? "main" : "", tabindex: n === model.get("name") ? 0 : -1, onclick: () => tell(model, "name", n),
       onkeydown: e => { const d = {ArrowLeft: -1, ArrowRight: 1}[e.key]; if (d) { const to = (i + d + names.length) % names.length; tell(model, "name", names[to]); tabs.children[to].focus(); } }}, n)));
-    put(card, f.picture ? el("div", {class: "card"}, el("img", {src: URL.createObjectURL(new Blob([f.picture], {type: "image/png"})), alt: f.name})) : null);
-    card.dataset.name = f.name || "";
+    put(card, f.name !== model.get("name") ? null : f.drawing ? el("div", {class: "soft", role: "status"}, "drawing …") : f.picture ? el("div", {class: "card"}, el("img", {src: URL.createObjectURL(new Blob([f.picture], {type: "image/png"})), alt: f.name})) : null);
+    card.dataset.name = f.name || ""; card.dataset.drawing = Boolean(f.drawing);
   };
   model.on("change:figure", draw); model.on("change:name", draw);
   draw();
@@ -147,14 +164,37 @@ class Diagnostics(Explorer):
         **traits, # `name` of the figure to begin with
     ):
         super().__init__(run, **traits)
+        self.drawn, self.stamp, self.task = {}, None, None
         self.do_refresh()
-        self.observe(lambda _: self.do_refresh(), "name")
+        self.observe(lambda _: self.show(), "name")
 
-    def do_refresh(self):
-        self.figure, self.note = dict(name=self.name), ""
-        self.attempt(self.draw)
+# %% ../../nbs/70g_explore.compare.ipynb #70g-011
+@patch
+def do_refresh(self:Diagnostics):
+    "Forget what has changed, and show what is there."
+    watched = [self.run.path/"scores.parquet", *(self.run.path/"stages").rglob("*.json"), *(self.run.path/"logs").glob("*")]
+    stamp = [(str(p), p.stat().st_mtime_ns) for p in watched if p.exists()]
+    if stamp != self.stamp: self.drawn, self.stamp = {}, stamp; self.show()
 
-    def draw(self):
-        out = io.BytesIO()
-        DIAGNOSTICS[self.name](self.run).save(out, "PNG")
-        self.figure = dict(name=self.name, picture=out.getvalue())
+@patch
+def show(self:Diagnostics):
+    "Send the figure, or see to it that it is drawn."
+    found = self.drawn.get(self.name, dict(name=self.name, drawing=True))
+    self.figure, self.note = found, found.get("lacking", "")
+    if "drawing" in found and not (self.task and not self.task.done()): self.task = self.soon(self.draw_all())
+
+@patch
+async def draw_all(self:Diagnostics):
+    "Draw what is missing, the figure on show first."
+    while todo := [n for n in [self.name, *self.names] if n not in self.drawn]:
+        drawn, name = self.drawn, todo[0]
+        drawn[name] = await asyncio.to_thread(self.draw, name)
+        if drawn is self.drawn and name == self.name: self.show()
+
+@patch
+def draw(self:Diagnostics, name):
+    out = io.BytesIO()
+    try: DIAGNOSTICS[name](self.run).save(out, "PNG")
+    except DigiqError as e: return dict(name=name, lacking=str(e))
+    except Exception as e: return dict(name=name, lacking=f"The figure could not be drawn: {type(e).__name__}: {e}")
+    return dict(name=name, picture=out.getvalue())

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIVERGING', 'MARK', 'DIAGNOSTICS', 'new_figure', 'show_screen', 'draw_action', 'draw_episode', 'draw_values',
-           'small_picture_of', 'film_of', 'scale', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores',
-           'axes_of', 'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map',
-           'draw_training', 'parting', 'draw_pair']
+           'film_of', 'scale', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores', 'axes_of',
+           'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map', 'draw_training',
+           'parting', 'draw_pair']
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-003
 import textwrap
@@ -79,7 +79,7 @@ def draw_episode(
         if r.reward > 0: ax.spines[:].set(color="#08448c", linewidth=2.5)
     strip.suptitle(f"{name} {episode}: {textwrap.shorten(rows.goal[0], 80)}", fontsize=10, parse_math=False)
     draw_values(below.subplots(), q[:most], v[:most], lacking)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 def draw_values(ax, q, v, lacking=""): # lines over the steps of an episode
     if lacking: ax.text(.5, .5, textwrap.fill(lacking, 80), ha="center", va="center", transform=ax.transAxes, fontsize=8, parse_math=False); ax.set_axis_off(); return
@@ -88,11 +88,6 @@ def draw_values(ax, q, v, lacking=""): # lines over the steps of an episode
     ax.plot(at, q, "s--", color="#0072B2", ms=4, lw=1.2, label="Q(s, a) of what was done")
     ax.set_xlim(-.5, len(q) - .5); ax.set_xticks(at); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=7, ncols=2, loc="best")
-
-def small_picture_of(figure): # a Figure that pyplot does not know
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    FigureCanvasAgg(figure)
-    return small_picture(figure)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-film-2
 def film_of(
@@ -107,11 +102,12 @@ def film_of(
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-010
 def scale(
-    found:pd.DataFrame, # as `RunView.candidates` makes it
-) -> float: # at least 0.02
-    "The largest advantage, either way: where the colours end."
-    most = found.advantage.abs().max()
-    return .02 if np.isnan(most) else max(.02, float(most))
+    advantages, # of some actions; nan or None where unknown
+    v:float, # of the state; nan or None where unknown
+) -> float: # at least a twentieth of V
+    "The largest advantage, either way: where the colours end. Far from the goal all values are small, and so is the scale."
+    known = [abs(a) for a in advantages if a is not None and not np.isnan(a)]
+    return max([*known, 1e-4, 0 if v is None or np.isnan(v) else .05*abs(v)])
 
 def draw_candidates_of(
     view:RunView, # the run
@@ -121,9 +117,10 @@ def draw_candidates_of(
 ) -> Image.Image:
     "The candidates of a state on its screen, and a bar for the advantage of each."
     found, v = view.candidates(name, episode, step)
-    state = view.state(name, episode, step)
+    if found.empty: raise DigiqError(f"{name} {episode} had ended at step {step}: choose an earlier one")
+    state, most = view.state(name, episode, step), scale(found.advantage, v)
     found = found.sort_values("advantage", ascending=False, na_position="last").reset_index(drop=True)
-    colours, norm = DIVERGING, Normalize(-scale(found), scale(found))
+    colours, norm = DIVERGING, Normalize(-most, most)
     figure = new_figure(8, max(4.4, .24*min(len(found), 24) + 1))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
     show_screen(left, state.screen)
@@ -133,8 +130,8 @@ def draw_candidates_of(
     right.set_yticks(few.index, [f"{'★ ' if r.chosen else ''}{textwrap.shorten(r.words, 34, placeholder='…')} ×{r.count}" for r in few.itertuples()], fontsize=7, parse_math=False)
     right.invert_yaxis(); right.axvline(0, color="#555555", lw=.8); right.spines[["top", "right"]].set_visible(False)
     right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8); right.tick_params(axis="x", labelsize=7)
-    figure.suptitle("\n".join(textwrap.wrap(state.goal, 80)[:2]) + ("" if np.isnan(v) else f"\nV = {v:.2f}"), fontsize=9, parse_math=False)
-    return small_picture_of(figure)
+    figure.suptitle("\n".join(textwrap.wrap(state.goal, 80)[:2]) + ("" if np.isnan(v) else f"\nV = {v:.2g}"), fontsize=9, parse_math=False)
+    return small_picture(figure)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-012
 def draw_field(
@@ -158,9 +155,9 @@ def draw_field(
     for ax, (goal, grid, v) in zip(axes[1:], grids):
         show_screen(ax, state.screen)
         picture = ax.imshow(grid, "viridis", norm, alpha=opacity, extent=(0, state.screen.width, state.screen.height, 0), interpolation="bilinear")
-        ax.set_title("\n".join(textwrap.wrap(goal, 30)[:3]) + f"\nV = {v:.2f}", fontsize=8, parse_math=False)
+        ax.set_title("\n".join(textwrap.wrap(goal, 30)[:3]) + f"\nV = {v:.2g}", fontsize=8, parse_math=False)
     figure.colorbar(picture, ax=axes, label="Q of a tap", shrink=.6, aspect=30)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-014
 def roc(
@@ -181,9 +178,11 @@ def stored_scores(
     "All scores. Raises `DigiqError` where there are none."
     if not (view.path/"scores.parquet").exists(): raise DigiqError(f"{view.path} has no scores yet: run nbs/train.ipynb up to the stage that scores")
     gamma = view.lab.preset.critic.gamma
-    happened = returns(EpisodeStore(view.path/"episodes"), gamma)[["episode", "step", "happened", "reward", "terminated"]]
-    scores = pd.read_parquet(view.path/"scores.parquet", columns=["episode", "step", "action", "count", "recorded", "success", "q", "v"])
-    return scores.assign(advantage=scores.q - scores.v).merge(happened, on=["episode", "step"], how="left")
+    def read():
+        happened = returns(EpisodeStore(view.path/"episodes"), gamma)[["episode", "step", "happened", "reward", "terminated"]]
+        scores = pd.read_parquet(view.path/"scores.parquet", columns=["episode", "step", "recorded", "success", "q", "v"])
+        return scores.assign(advantage=scores.q - scores.v).merge(happened, on=["episode", "step"], how="left")
+    return view.remembered(("all scores", (view.path/"scores.parquet").stat().st_mtime_ns), read)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-017
 def axes_of(title, x, y, width=4.6):
@@ -197,7 +196,7 @@ def draw_reliability(view) -> Image.Image:
     s = stored_scores(view); s = s[s.recorded]
     figure, ax = axes_of("Does a Q of 0.4 mean 0.4?", "predicted Q(s, a)", "return that happened")
     plot_reliability(reliability(s.q.to_numpy(), s.happened.to_numpy()), ax)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 def draw_roc(view) -> Image.Image:
     "Does V tell episodes that succeed from those that fail? At the start, and over all steps."
@@ -207,7 +206,7 @@ def draw_roc(view) -> Image.Image:
         fpr, tpr, area = roc(some.v.to_numpy(), some.success.to_numpy(bool))
         ax.plot(fpr, tpr, color=colour, label=f"{label}: AUC {area:.2f}")
     ax.plot([0, 1], [0, 1], color="#bbbbbb", lw=1); ax.legend(frameon=False, loc="lower right")
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-018
 def draw_advantages(view) -> Image.Image:
@@ -219,7 +218,7 @@ def draw_advantages(view) -> Image.Image:
     for label, x, colour, style in (("all candidates", s.advantage, "#999999", "-"), ("recorded", s[s.recorded].advantage, "#E69F00", "--"), ("best of a state", best, "#0072B2", "-")):
         ax.stairs(np.histogram(x, bins)[0]/len(x), bins, color=colour, linestyle=style, label=label, lw=1.6)
     ax.axvline(0, color="#555555", lw=.8); ax.legend(frameon=False, fontsize=8)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 def draw_td_error(view) -> Image.Image:
     "r + gamma V(s') - Q(s, a) of recorded actions, by step: median and the middle half."
@@ -231,7 +230,7 @@ def draw_td_error(view) -> Image.Image:
     figure, ax = axes_of("Where is the critic surprised?", "step", "r + γV(s′) − Q(s, a)")
     ax.fill_between(low.index, low, high, color="#0072B2", alpha=.25, lw=0, label="middle half"); ax.plot(middle.index, middle, "o-", color="#0072B2", ms=3, label="median")
     ax.axhline(0, color="#555555", lw=.8); ax.legend(frameon=False)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-020
 def project(
@@ -239,18 +238,22 @@ def project(
 ) -> tuple[np.ndarray, np.ndarray]: # float [n, 2], and the shares of the variance, [2]
     "The first two principal components."
     x = x.astype(np.float32) - x.astype(np.float32).mean(0)
-    u, s, _ = np.linalg.svd(x, full_matrices=False)
-    return u[:, :2]*s[:2], s[:2]**2/(s**2).sum()
+    variance, directions = np.linalg.eigh(x.T@x if len(x) > x.shape[1] else x@x.T) # in ascending order
+    share, top = variance[:-3:-1]/variance.sum(), directions[:, :-3:-1]
+    return x@top if len(x) > x.shape[1] else top*np.sqrt(variance[:-3:-1]), share
 
+# %% ../../nbs/70b_explore.figures.ipynb #70b-022
 def draw_map(
     view, # the run
-    most:int=800, # pairs
+    most:int=600, # pairs, or a few more
 ) -> Image.Image:
     "Recorded actions by their f(s, a), coloured by whether the screen changed."
     view.lab.require("embeddings")
     rows = view.table("episodes")
+    order = np.random.default_rng(0).permutation(rows.episode.unique()) # whole episodes: their screens lie side by side
     rows = rows[rows.action.map(is_valid)]
-    rows = rows.sample(min(most, len(rows)), random_state=0).sort_index()
+    so_far = rows.episode.value_counts().reindex(order, fill_value=0).cumsum().to_numpy()
+    rows = rows[rows.episode.isin(order[:1 + np.searchsorted(so_far, most)])]
     found = Embeddings(view.path/"embeddings")
     x = found[np.concatenate([found.rows(r.episode, r.step, [r.action]) for r in rows.itertuples()])]
     changed = np.array([view.picture("episodes", r.episode, r.step) != view.picture("episodes", r.episode, r.step + 1) for r in rows.itertuples()])
@@ -258,17 +261,16 @@ def draw_map(
     figure, ax = axes_of("What f(s, a) tells apart", f"first component, {share[0]:.0%}", f"second, {share[1]:.0%}")
     for label, some, colour, mark in (("screen stays", ~changed, "#E69F00", "x"), ("screen changes", changed, "#0072B2", "o")): ax.scatter(*at[some].T, s=14, color=colour, marker=mark, alpha=.6, linewidths=1, label=label)
     ax.legend(frameon=False, fontsize=8)
-    return small_picture_of(figure)
+    return small_picture(figure)
 
-# %% ../../nbs/70b_explore.figures.ipynb #70b-021
+# %% ../../nbs/70b_explore.figures.ipynb #70b-023
 def draw_training(view) -> Image.Image:
-    "Losses of everything that has been trained so far."
-    if not list((view.path/"checkpoints").glob("*/report.json")): raise DigiqError(f"nothing has been trained yet in {view.path}: the curves appear when the first training ends")
+    "Losses of everything that has been trained so far, or is being trained. Raises `DigiqError` where nothing is."
     return view.lab.draw_curves()
 
 DIAGNOSTICS = {"Reliability": draw_reliability, "ROC of V": draw_roc, "Advantages": draw_advantages, "TD error": draw_td_error, "Map of f(s, a)": draw_map, "Training": draw_training}
 
-# %% ../../nbs/70b_explore.figures.ipynb #70b-023
+# %% ../../nbs/70b_explore.figures.ipynb #70b-025
 def parting(
     a:pd.DataFrame, # steps of one episode
     b:pd.DataFrame, # of another one
@@ -298,4 +300,4 @@ def draw_pair(
             if k == at: ax.spines[:].set(color="#b00020", linewidth=2.5)
         part.suptitle(f"{n.rpartition('/')[2]}: {'success' if rows.reward.max() >= 1 else 'no success'} after {len(rows) - 1} steps", fontsize=9)
     figure.suptitle(both[0].goal[0], fontsize=10, parse_math=False)
-    return small_picture_of(figure)
+    return small_picture(figure)

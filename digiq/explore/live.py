@@ -16,6 +16,7 @@ from ..actions import complete, impossible, is_valid, press, render, swipe, tap,
 from ..core import DigiqError
 from ..data import EpisodeStore, encode_screen
 from ..env import DeviceEnv
+from .figures import scale
 from .page import Explorer, SHARED, number, plain
 from .run import RunView
 from ..phone import SimPhone
@@ -26,7 +27,7 @@ from ..rollout import Player
 LIVE_JS = r"""
 export default {render({model, el: root}) {
   const {note, bar} = begin(root, "Live phone", model);
-  const agents = el("select", {onchange: e => tell(model, "agent", e.target.value)}), tasks = el("select", {style: "max-width: 360px"}), seed = el("input", {type: "number", value: 0, min: 0});
+  const agents = el("select", {onchange: e => tell(model, "agent", e.target.value)}), tasks = el("select", {style: "max-width: 360px; width: 100%"}), seed = el("input", {type: "number", value: 0, min: 0});
   bar.append(labelled("Task", tasks), labelled("Seed", seed), el("button", {onclick: () => model.send({do: "begin", task: +tasks.value, seed: Math.round(+seed.value) || 0})}, "New episode"), labelled("Agent", agents));
   const goal = el("div", {class: "goal"}), box = el("div", {class: "screen live"}), facts = el("div", {class: "facts"}), table = el("div", {class: "scroll", style: "max-height: 300px"}), said = el("div", {class: "soft", role: "status"});
   const text = el("input", {type: "text", "aria-label": "text to type"}), type = () => { model.send({do: "type", text: text.value}); text.value = ""; };
@@ -176,7 +177,7 @@ async def think_soon(self:LivePhone):
 @patch
 def advise(self:LivePhone):
     "What the agent would do here, and what the critic thinks of it."
-    if not self.env.running: self.advice = dict(step=self.env.steps, rows=[], v=None, scale=.02); return
+    if not self.env.running: self.advice = dict(step=self.env.steps, rows=[], v=None, scale=1.); return
     if self.agent not in self.policies: self.policies[self.agent] = self.run.lab.agent(self.agent)
     where = [[x] for x in (self.env.task.goal, self.env.previous, self.env.screen, self.player.before)]
     samples = self.policies[self.agent].act(*where, self.SAMPLES, self.run.lab.preset.temperature)[0]
@@ -185,7 +186,7 @@ def advise(self:LivePhone):
     if self.run.has("critic"):
         with self.run.busy: (q,), (v,) = self.run.scorer(*where, [self.suggested])
     rows = [plain(a) | dict(count=samples.count(a), q=number(x), advantage=number(x - v)) for a, x in zip(self.suggested, q)]
-    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=max([.02, *(abs(r["advantage"]) for r in rows if r["advantage"] is not None)]))
+    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=scale([r["advantage"] for r in rows], v))
 
 # %% ../../nbs/70f_explore.live.ipynb #70f-013
 @patch

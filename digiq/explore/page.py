@@ -6,6 +6,8 @@
 __all__ = ['CSS', 'ELEMENTS', 'COLOURS_JS', 'SCREEN_JS', 'FILM_JS', 'SHARED', 'plain', 'number', 'Explorer']
 
 # %% ../../nbs/70c_explore.page.ipynb #70c-003
+import asyncio
+
 import anywidget
 import numpy as np
 import traitlets as T
@@ -65,14 +67,15 @@ CSS = """
 .dq .frame.parts { border-color: #d1495b; border-style: dashed; }
 .dq .frame svg, .dq .screen svg { display: block; width: 100%; border-radius: 5px; border: 1px solid var(--line); }
 .dq .frame .head { display: flex; justify-content: space-between; font-size: 11px; color: var(--soft); }
-.dq .frame .did { font-size: 11px; height: 3.1em; overflow: hidden; margin-top: 3px; overflow-wrap: anywhere; line-height: 1.25; }
+.dq .frame .did { font-size: 11px; height: 3.8em; overflow: hidden; margin-top: 3px; overflow-wrap: anywhere; line-height: 1.25; }
 .dq .win { color: #1a7fc4; font-weight: 700; }
 .dq table { border-collapse: collapse; width: 100%; font-size: 12px; font-variant-numeric: tabular-nums; }
 .dq th { position: sticky; top: 0; background: var(--card); text-align: right; padding: 0; white-space: nowrap; z-index: 1; } .dq th:first-child { text-align: left; }
 .dq th button { border: 0; background: none; padding: 4px 7px; font-size: 11.5px; font-weight: 600; } .dq th span.h { display: inline-block; padding: 5px 7px; font-weight: 600; }
 .dq td { padding: 3px 7px; border-top: 1px solid var(--line); text-align: right; white-space: nowrap; } .dq td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .dq tr.on td { background: color-mix(in srgb, var(--accent) 20%, transparent); } .dq tbody tr[tabindex] { cursor: pointer; }
-.dq .scroll { overflow: auto; max-height: 560px; border: 1px solid var(--line); border-radius: 8px; }
+.dq .bar select { max-width: 190px; }
+.dq .scroll { align-self: start; overflow: auto; max-height: 560px; border: 1px solid var(--line); border-radius: 8px; }
 .dq .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; border: 1px solid #555; margin-right: 6px; vertical-align: -1px; }
 .dq .chips { display: flex; flex-wrap: wrap; gap: 5px; margin-top: 8px; } .dq .chip { border: 1px solid var(--line); border-radius: 12px; padding: 1px 9px 1px 6px; font-size: 12px; overflow-wrap: anywhere; cursor: default; }
 .dq .chip.on { outline: 2px solid var(--accent); }
@@ -105,7 +108,8 @@ const el = (tag, attrs = {}, ...children) => {
 const put = (node, ...children) => (node.replaceChildren(...children.filter(c => c !== null && c !== undefined)), node);
 const labelled = (text, control) => el("label", {}, text, control);
 const options = (select, values, chosen, name = v => v) => put(select, ...values.map(v => { const o = el("option", {value: v}, name(v)); o.selected = v === chosen; return o; }));
-const fixed = (x, digits = 3) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
+const places = x => x === 0 || Math.abs(x) >= .0995 ? 3 : Math.min(6, 1 - Math.floor(Math.log10(Math.abs(x)))); // two digits that count, or three decimals
+const fixed = (x, digits = places(x ?? 0)) => x === null || x === undefined ? "–" : x.toFixed(digits).replace("-", "−");
 const pictures = new Map();
 const address = (bytes) => { // of a WebP picture
   if (!bytes) return "";
@@ -117,6 +121,7 @@ const address = (bytes) => { // of a WebP picture
 };
 const begin = (root, title, model) => { // what every explorer begins with
   root.classList.add("dq");
+  root.setAttribute("role", "region"); root.setAttribute("aria-label", title);
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out
   root.addEventListener("keydown", e => e.stopPropagation());
   const note = el("div", {class: "note", role: "status", "aria-live": "polite"});
@@ -200,6 +205,10 @@ class Explorer(anywidget.AnyWidget):
         self.run = run if isinstance(run, RunView) else RunView(run)
         super().__init__(**traits)
         self.on_msg(lambda _, message, buffers: self.ask(message))
+
+    def soon(self, work): # a coroutine, where there is a loop to run it; else now
+        try: return asyncio.get_running_loop().create_task(work)
+        except RuntimeError: asyncio.run(work)
 
     def ask(self, message):
         name = f"do_{message.get('do')}"

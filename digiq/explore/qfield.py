@@ -31,6 +31,7 @@ export default {render({model, el: root}) {
   const canvas = el("canvas", {width: 27, height: 60, style: "opacity: .6"}), left = el("div", {class: "screen"}), scale = el("div"), table = el("div", {class: "scroll", style: "max-height: 330px"}), facts = el("div", {class: "facts"}), bar2 = el("progress", {max: 1, value: 0, "aria-label": "taps judged"});
   const keys = [["back", "◀ back"], ["home", "● home"], ["enter", "⏎ enter"], ["complete", "✓ task complete"], ["impossible", "✕ task impossible"]].map(([k, name]) => el("button", {onclick: () => model.send({do: "press", key: k})}, name));
   let later = 0, cross = {x: .5, y: .5};
+  const reach = rows => Math.max(1e-4, ...rows.map(r => Math.max(Math.abs(r.advantage ?? 0), .05 * Math.abs((r.q ?? 0) - (r.advantage ?? 0))))); // where the colours end
   root.append(bar, note, el("div", {class: "phone"}, el("div", {}, left, scale, bar2),
     el("div", {class: "side"}, labelled("Goal: edit it, and the field follows", goal), recorded, facts, labelled("Opacity of the field", opacity),
       el("div", {class: "soft"}, "Click anywhere on the screen to judge a tap there (or focus the screen, move with the arrow keys, judge with Enter). Or judge another action:"),
@@ -63,10 +64,10 @@ export default {render({model, el: root}) {
   };
   const drawJudged = () => {
     const s = model.get("shot"), rows = model.get("judged"), over = left.querySelector(".over");
-    if (over) { const H = tall(s.size), most = Math.max(.02, ...rows.map(r => Math.abs(r.advantage ?? 0)));
+    if (over) { const H = tall(s.size), most = reach(rows);
       put(over, el("rect", {width: W, height: H, fill: "transparent"}), ...rows.slice().reverse().filter(r => r.kind === "tap").map((r, i, all) => { const g = mark(r, H, diverging(r.advantage, most), i === all.length - 1); if (i === all.length - 1) g.append(el("text", {x: Math.min(Math.max(r.x * W, 30), W - 30), y: r.y * H > 50 ? r.y * H - 24 : r.y * H + 40, "font-size": 22, "font-weight": 700, "text-anchor": "middle", fill: "#fff", stroke: "#111", "stroke-width": 5, "paint-order": "stroke"}, fixed(r.q))); return g; }));
       if (document.activeElement === over || root.getRootNode().activeElement === over) over.append(el("path", {d: `M${cross.x * W - 16},${cross.y * H} h32 M${cross.x * W},${cross.y * H - 16} v32`, stroke: "#fff", "stroke-width": 3, style: "filter: drop-shadow(0 0 2px #000)"})); }
-    const most = Math.max(.02, ...rows.map(r => Math.abs(r.advantage ?? 0)));
+    const most = reach(rows);
     put(table, el("table", {}, el("thead", {}, el("tr", {}, ...["judged actions", "Q1", "Q2", "Q", "advantage"].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))),
       el("tbody", {}, ...rows.map(r => el("tr", {}, el("td", {}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}), r.words), ...[r.q1, r.q2, r.q, r.advantage].map(x => el("td", {}, fixed(x))))))));
   };

@@ -10,8 +10,9 @@ import traitlets as T
 from fastcore.basics import patch
 
 from ..core import DigiqError
+from .figures import scale
 from .page import Explorer, SHARED, number, plain
-from .run import RunView
+from .run import RunView, ended
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-005
 PLOT_JS = r"""
@@ -20,7 +21,7 @@ const plot = (steps, choose) => { // V and Q, each point below its screen
   const svg = el("svg", {width: C * steps.length, height: H, role: "img", "aria-label": "V and Q along the episode"});
   if (!all.length) return svg;
   const min = Math.min(...all, 0), max = Math.max(...all, .05), y = v => low - (low - top) * (v - min) / (max - min), x = k => C * (k + .5);
-  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)"}, v.toFixed(2)));
+  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)"}, fixed(v)));
   for (const [key, colour, dash, name] of [["v", "var(--fg)", "", "V"], ["q", "var(--accent)", "6 4", "Q"]]) {
     const known = steps.map((s, k) => [k, s[key]]).filter(p => p[1] !== null);
     svg.append(el("polyline", {points: known.map(([k, v]) => `${x(k)},${y(v)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash}));
@@ -42,7 +43,7 @@ export default {render({model, el: root}) {
   bar.append(labelled("Episodes of", sets), labelled("Search", find), labelled("Outcome", won), labelled("Sort by", order), el("button", {title: "read what has been written since", onclick: () => model.send({do: "refresh"})}, "Refresh"));
   const list = el("div", {class: "list", role: "group", "aria-label": "episodes"}), goal = el("div", {class: "goal"}), box = el("div", {class: "film"}), facts = el("div", {class: "facts"});
   root.append(bar, note, el("div", {class: "split"}, list, el("div", {style: "min-width: 0"}, goal, box, facts, el("div", {class: "soft", style: "margin-top: 8px"}, "Keys: ← → steps, ↑ ↓ episodes. ● V(s)  ■ Q(s, a) of what was done."))));
-  root.tabIndex = 0; root.setAttribute("aria-label", "trajectory explorer");
+  root.tabIndex = 0;
   let shown = [], strip = null;
   const draw = () => {
     const text = find.value.trim().toLowerCase(), rows = model.get("rows");
@@ -154,7 +155,7 @@ export default {render({model, el: root}) {
     const order = s.rows.map((r, i) => [r, i]).sort((a, b) => (a[0].advantage ?? -9) - (b[0].advantage ?? -9)); // the best on top
     const marks = order.filter(([r]) => place(r)).map(([r, i]) => { const m = mark(r, H, diverging(r.advantage, most)); m.append(el("title", {}, `${r.words}: advantage ${fixed(r.advantage)}`)); return join(i, m); });
     const chips = order.filter(([r]) => !place(r)).reverse().map(([r, i]) => join(i, el("span", {class: "chip"}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}), r.words)));
-    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null, legend(DIVERGING, `−${most.toFixed(2)}`, `+${most.toFixed(2)}`, "advantage"));
+    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null, legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage"));
     put(goal, s.goal, el("span", {class: "soft"}, `   episode ${s.episode}, step ${s.step}, V = ${fixed(s.v)}, ${s.rows.length} distinct candidates`));
     const [key, way] = sort, value = r => key === "v" ? s.v : r[key] ?? -1e9;
     const rows = s.rows.map((r, i) => [r, i]).sort(([a], [b]) => way * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : value(a) - value(b)));
@@ -204,11 +205,10 @@ def show(self:ActionExplorer):
     rows = self.run.steps(self.set, self.episode)
     if self.step >= len(rows): self.step = len(rows) - 1; return
     found, v = self.run.candidates(self.set, self.episode, self.step)
-    most = found.advantage.abs().max()
     table = [plain(r.action) | dict(count=int(r.count_), recorded=bool(r.recorded), q1=number(r.q1), q2=number(getattr(r, "q2", r.q1)), advantage=number(r.advantage), log_prob=number(r.log_prob), chosen=bool(r.chosen))
              for r in found.rename(columns={"count": "count_"}).itertuples()]
     with self.hold_sync():
         self.selected = -1
         self.state = dict(episode=self.episode, step=self.step, goal=rows.goal[0], v=number(v), rows=table, shot=self.run.picture(self.set, self.episode, self.step), size=self.run.screen(self.set, self.episode, self.step).size,
-                          scale=max(.02, most) if most == most else .02)
-        self.note = "\n".join(self.run.lacks().values())
+                          scale=scale(found.advantage, v))
+        self.note = "\n".join(["The episode has ended here: nothing was done, and there are no candidates."]*ended(rows, self.step) + list(self.run.lacks().values()))

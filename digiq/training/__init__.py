@@ -322,6 +322,7 @@ def fit_critic(
     held_out:float=0.1, # share of episodes that are not trained on
     device:str="cpu", # where to train
     log_every:int=50, # steps between rows of the history
+    history:list=None, # where they are put, e.g. a `Log`; a new list where None
     bookmark:Path=None, # file in which to note, every `cfg.save_every` minibatches, how far the training is
     encoder=None # see `Critic`
 ) -> tuple[Critic, list[dict]]: # the critic in evaluation mode, and its learning curves
@@ -338,7 +339,9 @@ def fit_critic(
     if len(train) < cfg.batch: raise DataError(f"{len(train)} steps are too few for minibatches of {cfg.batch}: collect more episodes")
     if team.place: seed_all(seed, "critic", team.place) # dropout is each process's own
     mark = Bookmark(bookmark, cfg.save_every, dict(critic=critic, target=target), opt, schedule, team, seed)
-    done, history = mark.resume()
+    done, past = mark.resume()
+    history = [] if history is None else history
+    history.extend(past)
     make = lambda step, t, drawn, due: (step, data.minibatch(team.part(t), cfg, team.part(drawn), team.device), due)
     plan = itertools.islice(_plan(data, cfg, train, held, rng, log_every), done, None)
     for step, batch, due in progress(ahead(make, plan), total=cfg.steps, initial=done, desc="critic"):
@@ -410,6 +413,7 @@ def fit_policy(
     cfg:ActorConfig, # optimisation
     seed:int=0, # of the order
     desc:str="policy", # shown by the progress bar
+    history:list=None, # where the rows of the learning curve are put, e.g. a `Log`; a new list where None
     bookmark:Path=None # file in which to note, every `cfg.save_every` minibatches, how far the training is
 ) -> list[dict]: # learning curve: step, loss
     "Imitate chosen candidates by weight"
@@ -423,7 +427,9 @@ def fit_policy(
     opt = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps//cfg.accumulate + 1, pct_start=.05)
     mark = Bookmark(bookmark, cfg.save_every, dict(policy=policy.model), opt, schedule, team, seed)
-    done, history = mark.resume()
+    done, past = mark.resume()
+    history = [] if history is None else history
+    history.extend(past)
     plan = itertools.islice(_rows(len(rows), cfg, np.random.default_rng(derive_seed(seed, "actor"))), done, None)
     for step, k in progress(plan, total=cfg.steps, initial=done, desc=desc):
         k = team.part(k)
