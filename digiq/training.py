@@ -74,13 +74,13 @@ class Transitions:
 
 # %% ../nbs/52_training.ipynb #52-009
 def cells(
-    features:np.ndarray, # patch features of square pictures, float16 [n, side*side, d]
+    features:np.ndarray, # patch features of square pictures, float16 or float32 [n, side*side, d]
     shape:tuple[int, int] # rows and columns to keep
-) -> np.ndarray: # float16 [n, rows*cols*d]
+) -> np.ndarray: # as it came, [n, rows*cols*d]
     "Average patches over cells; one patch (a pooled feature) stays as it is"
     side, d = int(features.shape[1]**.5), features.shape[2]
     grid = torch.from_numpy(features.reshape(-1, side, side, d)).float().permute(0, 3, 1, 2)
-    return torch.nn.functional.adaptive_avg_pool2d(grid, shape).permute(0, 2, 3, 1).flatten(1).half().numpy()
+    return torch.nn.functional.adaptive_avg_pool2d(grid, shape).permute(0, 2, 3, 1).flatten(1).numpy().astype(features.dtype)
 
 # %% ../nbs/52_training.ipynb #52-011
 def _kind_text(action): # what the critic reads of an action

@@ -1,0 +1,138 @@
+"Files in exactly the published layouts, at small sizes and at a large one; and files that would like to run something."
+import io, itertools, os, pickle, struct, subprocess, sys, zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from digiq.actions import decision, press, render, tap, type_text
+from digiq.conversion import convert
+from digiq.core import DataError
+from digiq.env import prompt
+from digiq.torchfile import TorchFile
+
+ROOT = Path(__file__).resolve().parent.parent
+ACTIONS = [render(tap(round(.02 + .05*i, 4), .4)) for i in range(18)] + [render(press(k)) for k in ("home", "back", "enter")] + [render(type_text("usb-c"))]
+
+
+def episode(k, steps, n, d, d_image, new=torch.randn):
+    "An episode as Digi-Q published them."
+    states = [new(d_image) for _ in range(steps + 1)]
+    shots = [f"<path_to_images>/emulator-{5554 + 2*(k % 8)}/{1700000000 + k}_{t}.png" for t in range(steps + 1)]
+    seen, out = [prompt(f"Go to site{k}.com, search for usb-c", decision(ACTIONS[t]) if t else "") for t in range(steps + 1)], []
+    for t in range(steps):
+        names = [ACTIONS[(k + t + i*i) % len(ACTIONS)] for i in range(n)]
+        reps = new(n, d)
+        out.append(dict(observation=seen[t], next_observation=seen[t + 1], task=f"Go to site{k}.com, search for usb-c", action=names[0], action_list="<split>".join(names), reward=float(t == steps - 1 and k % 3 == 0), trajectory_reward=float(k % 3 == 0),
+            mc_return=.5, done=t == steps - 1, image_features=states[t], next_image_features=states[t + 1], image_path=shots[t], next_image_path=shots[t + 1], traj_id=k, step_id=t, q_rep_out=reps[0], q_rep_out_list=reps,
+            q_response="Yes", q_response_list=["Yes"]*n, parsed_action="tap", parsed_action_list=["tap"]*n, q_image_path=shots[t], q_image_path_list=[f"{shots[t]}_{i}" for i in range(n)]))
+        first = {a: i for i, a in reversed(list(enumerate(names)))}
+        out[-1]["q_rep_out_list"] = reps[[first[a] for a in names]]
+    return out
+
+
+class Evil:
+    "Runs a command when it is unpickled."
+    def __init__(self, call, *args): self.how = call, args
+    def __reduce__(self): return self.how
+
+
+class State:
+    "Asks for the state of an object to be set."
+    def __reduce__(self): return OrderedDict, (), {"__class__": 1}
+
+
+def saved(obj, **kwargs):
+    out = io.BytesIO()
+    torch.save(obj, out, **kwargs)
+    return out.getvalue()
+
+
+def rewritten(data, change, compress=zipfile.ZIP_STORED):
+    "A zip archive of torch with its pickle changed."
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", compress) as new:
+        for name in old.namelist(): new.writestr(name, change(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+    return out.getvalue()
+
+
+def attacks(flag):
+    "Name and bytes of files that try to make `flag`, or to overrun a storage."
+    touch, system = f"touch {flag}", b"posix\nsystem\n"
+    text = b"X" + struct.pack("<I", len(touch)) + touch.encode()
+    tensor = [[{"x": torch.arange(4.)}]]
+    step = lambda evil: [[{"task": "t", "action": evil}]]
+    yield "os.system", saved(step(Evil(os.system, touch)))
+    yield "os.system in the older form", saved(step(Evil(os.system, touch)), _use_new_zipfile_serialization=False)
+    yield "os.system in a plain pickle", pickle.dumps(step(Evil(os.system, touch)))
+    yield "protocol 4", pickle.dumps(step(Evil(os.system, touch)), 4)
+    yield "subprocess", saved(step(Evil(subprocess.Popen, ["touch", str(flag)])))
+    yield "eval", saved(step(Evil(eval, f"open({str(flag)!r}, 'w')")))
+    yield "nested reduce", saved(step(Evil(OrderedDict, [Evil(os.system, touch)])))
+    yield "reduce as an array's size", saved(step(Evil(np._core.multiarray._reconstruct, np.ndarray, Evil(os.system, touch), b"b")))
+    yield "object array", saved([[{"x": np.array([Evil(os.system, touch)], object)}]])
+    yield "text array", saved([[{"x": np.array(["a"])}]])
+    yield "nested torch.load", saved(step(Evil(torch.storage._load_from_bytes, saved(Evil(os.system, touch)))))
+    yield "getattr", saved(step(Evil(getattr, Evil(__import__, "os"), "system")))
+    yield "INST", b"(" + text + b"i" + system + b"."
+    yield "OBJ", b"(c" + system + text + b"o."
+    yield "NEWOBJ", b"\x80\x02]](c" + system + text + b"\x85\x81ee."
+    yield "EXT1", b"\x80\x02](\x82\x01e."
+    yield "a text that is called", b"\x80\x02](" + text + b")Re."
+    yield "a state for what is no array", saved([[State()]])
+    yield "a storage with a bad size", rewritten(saved(tensor), lambda p: p.replace(b"K\x04\x85", b"K\x40\x85"))
+    yield "a storage that lies about its size", rewritten(saved(tensor), lambda p: p.replace(b"K\x04", b"K\x40"))
+    yield "a huge tensor of steps of 0", rewritten(saved(tensor), lambda p: p.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85").replace(b"K\x01\x85", b"K\x00\x85"))
+    yield "a storage by another path", rewritten(saved(tensor), lambda p: p.replace(b"X\x01\x00\x00\x000", b"X\x0d\x00\x00\x00../../../root"))
+    yield "a compressed pickle", rewritten(saved(tensor), lambda p: p, zipfile.ZIP_DEFLATED)
+    yield "a text longer than the file", b"\x80\x04](\x8d" + struct.pack("<Q", 1 << 60) + b"x."
+    yield "a number for an object beyond memory", b"\x80\x02](]r\xff\xff\xff\xffe."
+
+
+@pytest.mark.parametrize("name", [name for name, _ in attacks("flag")])
+def test_nothing_in_a_file_is_run(name, tmp_path):
+    flag = tmp_path/"ran"
+    (tmp_path/"evil.pt").write_bytes(dict(attacks(flag))[name])
+    with pytest.raises(DataError):
+        for item in TorchFile(tmp_path/"evil.pt").items():
+            for s in item: [v.read() for v in s.values() if hasattr(v, "read")]
+    assert not flag.exists()
+    with pytest.raises(DataError): convert(tmp_path/"evil.pt", tmp_path/"out")
+    assert not flag.exists()
+
+
+def write_large(path, gigabytes):
+    "A file of episodes of full width, as torch writes arrays of NumPy: all in the pickle, as text. It is written without ever being held."
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as z, z.open("archive/data.pkl", "w", force_zip64=True) as f:
+        size = f.write(b"\x80\x02](")
+        for k in itertools.count():
+            size += f.write(pickle.dumps(episode(k, 10, 64, 4096, 1408, lambda *shape: rng.standard_normal(shape, np.float32)), 2)[2:-1])
+            if size > gigabytes*(1 << 30): break
+        f.write(b"e.")
+    return k + 1
+
+
+LARGE = """
+import resource, sys
+from digiq.conversion import convert
+report = convert(sys.argv[1], sys.argv[2])
+print(report["kept"], report["pairs"], len(report["oddities"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_two_gigabytes_in_bounded_memory(tmp_path):
+    path = tmp_path/"webshop-large.pt"
+    try:
+        n = write_large(path, 2)
+        assert path.stat().st_size > 2 << 30
+        done = subprocess.run([sys.executable, "-c", LARGE, path, tmp_path/"out"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        kept, pairs, odd, megabytes = map(int, done.stdout.split())
+        assert (kept, odd) == (n, 0) and n*10 < pairs < n*10*len(ACTIONS)
+        print(f"{megabytes} MB resident")
+        assert megabytes < 1200
+    finally:
+        for f in [*tmp_path.rglob("*.npy"), path]: f.unlink(missing_ok=True)
