@@ -302,14 +302,16 @@ def act(self:Policy,
 def log_prob(self:Policy,
     prompts:Sequence[str], # policy inputs
     features, # float [batch, patches, dim] or [batch, dim]
-    actions:Sequence[str] # one action string a prompt
+    actions:Sequence[str], # one action string a prompt
+    between:tuple[float, float]=(0., 1.) # probabilities of tokens are held between these, and have no gradient beyond; the published code has (0.001, 0.99)
 ) -> torch.Tensor: # float32 [batch], log-probability of the whole string
     "log pi(action | state), with gradients"
     ids, mask = self.encode_prompts(prompts)
     labels = self.encode_answers(actions)
     logits = self.model(ids, mask, torch.as_tensor(features, device=self.device), decoder_input_ids=self.model._shift_right(labels)).logits
-    token = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    return -token.sum(1)
+    token = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
+    return token.sum(1)
 
 # %% ../nbs/40_policy.ipynb #40-034
 @patch

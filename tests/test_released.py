@@ -6,11 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import RobertaConfig, RobertaModel
 
 from digiq.actions import decision, press, render, tap, type_text
 from digiq.conversion import convert
 from digiq.core import DataError
+from digiq.data import Embeddings
 from digiq.env import prompt
+from digiq.pipeline import load_preset, open_run
+from digiq.policy import AutoUI, AutoUIConfig, tiny_tokenizer
 from digiq.torchfile import TorchFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +143,73 @@ def test_two_gigabytes_in_bounded_memory(tmp_path):
         assert megabytes < 1200
     finally:
         for f in [*tmp_path.rglob("*.npy"), path]: f.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    "Episodes with their pictures in a zip archive, Auto-UI-Base and a RoBERTa, all small."
+    folder = tmp_path_factory.mktemp("published")
+    rng = np.random.default_rng(0)
+    episodes = [episode(k, 4, 6, 24, 12, lambda *shape: rng.standard_normal(shape, np.float32)) for k in range(20)]
+    torch.save(episodes, folder/"webshop-20trajs.pt")
+    with zipfile.ZipFile(folder/"webshop-images.zip", "w") as z:
+        for path in {s[k] for e in episodes for s in e for k in ("image_path", "next_image_path")}:
+            out = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (60, 27, 3), np.uint8)).save(out, "PNG")
+            z.writestr(path.replace("<path_to_images>", "webshop-images"), out.getvalue())
+    words = tiny_tokenizer([s["task"] for e in episodes for s in e], 700)
+    torch.manual_seed(0)
+    config = AutoUIConfig(vocab_size=len(words), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, image_dim=12)
+    (folder/"Auto-UI-Base").mkdir()
+    torch.save(AutoUI(config).state_dict(), folder/"Auto-UI-Base"/"pytorch_model.bin")
+    config.save_pretrained(folder/"Auto-UI-Base")
+    RobertaModel(RobertaConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=80, pad_token_id=0)).save_pretrained(folder/"roberta")
+    words.save_pretrained(folder/"Auto-UI-Base")
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", words.eos_token_id)]) # as RoBERTa's, which never reads nothing
+    words.save_pretrained(folder/"roberta")
+    return folder
+
+
+def small(folder, **changes):
+    "The published settings at small sizes."
+    critic = dict(text_encoder=str(folder/"roberta"), q_hidden=[20, 16], v_hidden=[16], steps=8, batch=8, accumulate=2, tau_every=4, save_every=4)
+    return dict(device="cpu", workers=1, policy=str(folder/"Auto-UI-Base"), collection=dict(recorded=str(folder/"out")), critic=critic, extraction=dict(threshold=-1.), actor=dict(steps=8, batch=4, accumulate=2, save_every=4), **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(published):
+    report = convert(published/"webshop-20trajs.pt", published/"out", published/"webshop-images.zip")
+    assert (report["kept"], report["oddities"]) == (20, [])
+    lab = open_run(published/"run", load_preset("webshop", **small(published)))
+    assert lab.collect().episodes.sum() == 20
+    assert lab.featurise()["width"] == 12 and lab.propose()["candidates"] == 6 and lab.finetune() == {} and lab.embed()["width"] == 24
+    return lab
+
+
+def test_from_released_episodes_to_a_policy(trained):
+    critic = trained.train_critic()
+    scores = trained.score()
+    assert np.isfinite(critic["history"][-1]["q"]) and np.isfinite(scores.q).all() and scores.q.std() > 0
+    assert trained.train_policy("digiq")["learned_from"] == len(trained.transitions)
+    behaviour, learned = trained.behaviour.model, trained.agent("digiq").model
+    assert any(not torch.equal(a, b) for a, b in zip(behaviour.parameters(), learned.parameters()))
+    assert not torch.equal(learned.lm_head.weight, learned.shared.weight)
+
+
+def test_reference_leaves_features_as_they_are(trained):
+    critic = trained.load_critic()
+    assert critic.cfg.reference and (critic.screens_mean == 0).all() and (critic.rep_std == 1).all()
+    data, t = trained.transitions, np.arange(3)
+    raw = Embeddings(trained.path/"embeddings")
+    assert raw[data.pair_rep[:3]].dtype == np.float32 and data.states(t)["screens"].dtype == torch.float32
+
+
+def test_papermill_trains_from_released_episodes(published, trained, tmp_path):
+    preset = yaml.safe_load((ROOT/"presets"/"webshop.yaml").read_text())
+    for k, v in small(published).items(): preset[k] = preset[k] | v if isinstance(v, dict) else v
+    (tmp_path/"webshop.yaml").write_text(yaml.safe_dump(preset))
+    command = [sys.executable, "-m", "papermill", ROOT/"nbs"/"train.ipynb", tmp_path/"out.ipynb", "-f", tmp_path/"webshop.yaml", "-p", "run_dir", tmp_path/"run", "-p", "mode", "train", "--no-progress-bar"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same = [f.relative_to(trained.path) for f in (trained.path/"checkpoints").rglob("*.safetensors")]
+    assert len(same) == 2 and all((tmp_path/"run"/f).read_bytes() == (trained.path/f).read_bytes() for f in same)
