@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'given', 'made_from', 'lineage', 'Experiment', 'fingerprint',
-           'open_run', 'readable', 'Nothing', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary',
-           'smooth']
+           'open_run', 'readable', 'different', 'Nothing', 'read_scores', 'returns', 'draw_candidates', 'small_picture',
+           'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
-import hashlib, os, platform, shutil, textwrap
+import hashlib, os, platform, shutil, tempfile, textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -380,20 +380,36 @@ def propose(self:Experiment) -> dict: # counts
 
 # %% ../nbs/65_pipeline.ipynb #65-041
 @patch
+def bookmark(self:Experiment,
+    name:str, # of a training stage
+) -> Path: # a file, gone when the stage is finished
+    "Where a long training notes how far it is."
+    return self.path/"bookmarks"/f"{name}.safetensors"
+
+@patch
 def checkpoint(self:Experiment,
     name:str, # of the stage and the directory
     make, # writes the directory whose path it is given, and returns its report
 ) -> dict: # the report
     "Train once. The report is kept beside the weights, its numbers as the counts of the stage."
-    path = self.path/"checkpoints"/name
+    path, team = self.path/"checkpoints"/name, training.Team(self.preset.device)
+    missing = not path.exists()
+    team.wait() # all have looked
+    if team.place: # help the first process, which writes
+        with tempfile.TemporaryDirectory() as folder:
+            if missing: make(Path(folder)/name)
+        team.wait()
+        return read_json(path/"report.json")
     with self.stage(name, {}) as stage:
-        if not path.exists():
+        if missing:
             with atomic(path) as p:
                 report = make(p)
                 write_json(p/"report.json", report)
+        self.bookmark(name).unlink(missing_ok=True)
         report = read_json(path/"report.json")
         stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict)) and v == v} # JSON has no nan
     self.note()
+    team.wait()
     return report
 
 @contextmanager
@@ -441,7 +457,17 @@ def embedder(self:Experiment) -> HFEmbedder:
     with readable(self.path/"checkpoints"/"representation") as path:
         return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-045
+# %% ../nbs/65_pipeline.ipynb #65-046
+def different(
+    found:Embeddings,
+    batch:int=4096, # rows read at a time
+) -> int: # distinct vectors
+    "How many pairs differ in content."
+    digests = set()
+    for i in range(0, len(found), batch):
+        digests.update(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in found[np.arange(i, min(i + batch, len(found)))])
+    return len(digests)
+
 @patch
 def embed(self:Experiment) -> dict: # counts
     "Store f(s, a) for all candidates."
@@ -450,11 +476,11 @@ def embed(self:Experiment) -> dict: # counts
     with self.stage("embeddings", {}) as stage:
         if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers, stage.save)
         found = Embeddings(self.path/"embeddings")
-        stage.counts |= dict(pairs=len(found), width=found[np.zeros(1, int)].shape[1])
+        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=different(found), width=found[np.zeros(1, int)].shape[1])
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-047
+# %% ../nbs/65_pipeline.ipynb #65-048
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -468,7 +494,7 @@ def transitions(self:Experiment) -> training.Transitions:
     if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-048
+# %% ../nbs/65_pipeline.ipynb #65-049
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
@@ -477,13 +503,13 @@ def train_critic(self:Experiment,
     name = "critic" if representation else "critic_without_representation"
     cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation, reference=self.preset.reference)
     def make(path):
-        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device)
+        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, bookmark=self.bookmark(name))
         critic.save(path)
         return history[-1] | {"history": history}
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-049
+# %% ../nbs/65_pipeline.ipynb #65-050
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -505,25 +531,35 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-051
+# %% ../nbs/65_pipeline.ipynb #65-052
+def read_scores(
+    path:Path, # scores.parquet
+) -> Scores:
+    "The table of scores. Raises `DataError` where it is damaged."
+    with readable(path): columns = pd.read_parquet(path)
+    return Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
+
 @patch
 def score(self:Experiment) -> Scores:
     "Q and V of every candidate of every state."
-    path = self.path/"scores.parquet"
+    path, team = self.path/"scores.parquet", training.Team(self.preset.device)
     self.require("critic")
+    if team.place:
+        team.wait()
+        return read_scores(path)
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
             scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer, self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
-        with readable(path): columns = pd.read_parquet(path)
-        scores = Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
+        scores = read_scores(path)
         stage.counts |= dict(candidates=len(scores), learned_from=len(extraction.weights(scores, self.preset.extraction)[0]))
     self.note()
+    team.wait()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-052
+# %% ../nbs/65_pipeline.ipynb #65-053
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -537,12 +573,12 @@ def train_policy(self:Experiment,
         table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
         prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, replace(self.preset.actor, reference=self.preset.reference), self.seed, name)
+        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, replace(self.preset.actor, reference=self.preset.reference), self.seed, name, self.bookmark(name))
         policy.save(path)
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-054
+# %% ../nbs/65_pipeline.ipynb #65-055
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -579,7 +615,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-056
+# %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -603,7 +639,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-057
+# %% ../nbs/65_pipeline.ipynb #65-058
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -633,7 +669,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-061
+# %% ../nbs/65_pipeline.ipynb #65-062
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -659,7 +695,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {q[i]:.2f}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-062
+# %% ../nbs/65_pipeline.ipynb #65-063
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -686,7 +722,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-063
+# %% ../nbs/65_pipeline.ipynb #65-064
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -705,7 +741,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-067
+# %% ../nbs/65_pipeline.ipynb #65-068
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches

@@ -1,0 +1,147 @@
+"Training by several processes equals training by one; a training that was cut off goes on as if it had not been."
+import json, os, socket, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from digiq import actions as A
+from digiq.core import ConfigError, DataError, seed_all
+from digiq.critic import CriticConfig
+from digiq.extraction import Scores
+from digiq.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
+from digiq.training import ActorConfig, Team, Texts, Transitions, fit_critic, fit_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]
+CRITIC = CriticConfig(text_dim=8, q_hidden=(16,), v_hidden=(16,), dropout=0., screen_cells=(1, 1), steps=24, batch=16, lr=1e-2, accumulate=2, v_action="proposal")
+ACTOR = ActorConfig(steps=8, batch=8, lr=1e-2, accumulate=2)
+
+
+class Rows(np.ndarray):
+    "Vectors in memory, in the place of `Embeddings`."
+
+
+def data(episodes=12, length=5, n=3):
+    "Random episodes."
+    rng, texts, steps = np.random.default_rng(0), Texts(), episodes*length
+    number = np.vectorize(lambda i: texts(["", "TYPE", "PRESS_BACK", *GOALS][i]))
+    episode, step = np.divmod(np.arange(steps), length)
+    screens = np.arange(steps) + episode
+    return Transitions(screen=rng.normal(size=(steps + episodes, 4)).astype(np.float16), here=screens, before=np.where(step, screens - 1, screens), after=screens + 1,
+        goal=number(3 + episode % 3), previous_kind=number(rng.integers(3, size=steps)), previous_text=number(rng.integers(6, size=steps)), next_kind=number(rng.integers(3, size=steps)), next_text=number(rng.integers(6, size=steps)),
+        reward=(step == length - 1).astype(np.float32)*(episode % 2), done=(step == length - 1).astype(np.float32), togo=np.where(episode % 2, length - 1 - step, -1), episode=episode, step=step,
+        recorded=n*np.arange(steps), proposed=np.arange(n*steps).reshape(steps, n), pair_step=np.arange(n*steps)//n, pair_action=np.array([A.render(A.tap(*rng.random(2))) for _ in range(n*steps)], object),
+        pair_kind=number(rng.integers(3, size=n*steps)), pair_text=number(rng.integers(6, size=n*steps)), pair_count=np.ones(n*steps, int), pair_rep=np.arange(n*steps), texts=texts, reps=rng.normal(size=(n*steps, 6)).astype(np.float16).view(Rows))
+
+
+def train_critic(cfg=CRITIC, bookmark=None):
+    d = data()
+    critic, history = fit_critic(d, cfg, tiny_tokenizer(GOALS), seed=3, log_every=4, bookmark=bookmark)
+    return history, {k: v.clone() for k, v in critic.state_dict().items()}
+
+
+def train_policy(cfg=ACTOR, bookmark=None, dropout=0.):
+    d, tokenizer = data(), tiny_tokenizer(GOALS)
+    seed_all("policy")
+    model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, image_dim=4, dropout_rate=dropout, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    n = len(d.pair_step)
+    scores = Scores(d.pair_step, d.pair_action, d.pair_count, np.ones(n, bool), np.ones(n, bool), np.ones(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32))
+    rows = np.arange(0, n, 2)
+    prompts = [f"Goal: {GOALS[i % 3]}" + " and nothing else"*(i % 40)*(i % 2) for i in range(len(d))] # long enough to be worth a pass of their own
+    history = fit_policy(Policy(model, tokenizer, None), d, prompts, d.screen, scores, (rows, np.linspace(.5, 2, len(rows)).astype(np.float32)), cfg, seed=3, bookmark=bookmark)
+    return history, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def one_of_several(folder):
+    "What each process of a team does; the first one tells."
+    told = dict(critic=train_critic(), policy=train_policy())
+    team = Team()
+    assert team.size == 2
+    rows = team.accelerator.gather(torch.tensor(team.part(np.arange(8))))
+    assert sorted(rows.tolist()) == list(range(8)), "no row twice, none left out"
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 2 processes: choose a multiple of 2"): team.part(np.arange(3))
+    torch.save(told, Path(folder)/f"{team.place}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "What two processes found, each."
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
+    processes = [subprocess.Popen([sys.executable, "-c", f"import test_several; test_several.one_of_several({str(folder)!r})"], env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    for p in processes:
+        _, err = p.communicate(timeout=600)
+        assert p.returncode == 0, err[-3000:]
+    return [torch.load(folder/f"{i}.pt", weights_only=True) for i in range(2)]
+
+
+@pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy)])
+def test_two_processes_equal_one(two, what, alone):
+    history, weights = alone()
+    for told in two:
+        found, theirs = told[what]
+        assert len(found) == len(history)
+        for a, b in zip(found, history): assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
+        for k, w in weights.items(): assert torch.allclose(theirs[k], w, atol=1e-5), k
+
+
+class Cut(Exception):
+    "Stands for a power failure."
+
+
+@pytest.mark.parametrize("cut_at", [3, 9, 23])
+def test_a_critic_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, cut_at):
+    cfg = replace(CRITIC, dropout=.2, save_every=4)
+    whole = train_critic(cfg, tmp_path/"whole")
+    real, calls = Transitions.minibatch, []
+    def fails(self, t, *args):
+        calls.append(len(t))
+        if len([n for n in calls if n == cfg.batch]) > cut_at: raise Cut
+        return real(self, t, *args)
+    monkeypatch.setattr(Transitions, "minibatch", fails)
+    with pytest.raises(Cut): train_critic(cfg, tmp_path/"cut")
+    monkeypatch.setattr(Transitions, "minibatch", real)
+    assert (tmp_path/"cut").exists() == (cut_at > 4)
+    history, weights = train_critic(cfg, tmp_path/"cut")
+    assert history == whole[0] and all(torch.equal(w, whole[1][k]) for k, w in weights.items())
+
+
+def test_a_policy_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    cfg = replace(ACTOR, save_every=2)
+    whole = train_policy(cfg, tmp_path/"whole", dropout=.1)
+    real, calls = Policy.log_prob, []
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) > 9: raise Cut
+        return real(self, *args)
+    monkeypatch.setattr(Policy, "log_prob", fails)
+    with pytest.raises(Cut): train_policy(cfg, tmp_path/"cut", dropout=.1)
+    monkeypatch.setattr(Policy, "log_prob", real)
+    history, weights = train_policy(cfg, tmp_path/"cut", dropout=.1)
+    assert history == whole[0] and all(torch.equal(w, whole[1][k]) for k, w in weights.items())
+
+
+def test_a_damaged_bookmark_is_named(tmp_path):
+    cfg = replace(CRITIC, steps=8, save_every=4)
+    train_critic(cfg, tmp_path/"b")
+    (tmp_path/"b").write_bytes((tmp_path/"b").read_bytes()[:200])
+    with pytest.raises(DataError, match="b is damaged: delete it, and the training starts again"): train_critic(cfg, tmp_path/"b")
+    with pytest.raises(ConfigError, match="save_every is 3: choose a multiple of critic.accumulate"): replace(CRITIC, save_every=3)
+
+
+def test_length_groups_change_nothing():
+    "A minibatch in several passes has the gradient of one pass."
+    import digiq.training as training
+    split = train_policy()
+    kept, training.alike.__defaults__ = training.alike.__defaults__, (10**9,)
+    try: whole = train_policy()
+    finally: training.alike.__defaults__ = kept
+    for a, b in zip(split[0], whole[0]): assert abs(a["loss"] - b["loss"]) < 1e-5
+    for k, w in whole[1].items(): assert torch.allclose(split[1][k], w, atol=1e-5), k
