@@ -166,7 +166,7 @@ def save_agent(
         critic.save(p/"critic")
         target.save(p/"target")
 
-# %% ../nbs/54_released.ipynb #54-033
+# %% ../nbs/54_released.ipynb #54-041
 def main(
     argv:list[str]=None, # arguments; those of the process where None
 ):
@@ -185,6 +185,6 @@ def main(
     for o in odd[:20]: print(f"episode {o['episode']}" + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
     print(f"{len(odd)} oddities, all of them in {Path(args.out)/'report.json'}")
 
-# %% ../nbs/54_released.ipynb #54-034
+# %% ../nbs/54_released.ipynb #54-042
 #| eval: false
 if __name__ == "__main__": main()

@@ -19,6 +19,7 @@ from digiq.env import prompt
 from digiq.pipeline import load_preset, open_run
 from digiq.policy import AutoUI, AutoUIConfig, tiny_tokenizer
 from digiq.torchfile import TorchFile
+from digiq.training import Bookmark
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTIONS = [render(tap(round(.02 + .05*i, 4), .4)) for i in range(18)] + [render(press(k)) for k in ("home", "back", "enter")] + [render(type_text("usb-c"))]
@@ -202,6 +203,27 @@ def test_reference_leaves_features_as_they_are(trained):
     data, t = trained.transitions, np.arange(3)
     raw = Embeddings(trained.path/"embeddings")
     assert raw[data.pair_rep[:3]].dtype == np.float32 and data.states(t)["screens"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage", ["critic", "policy"])
+def test_cut_off_training_goes_on_to_the_same_weights(published, trained, tmp_path, monkeypatch, stage):
+    trained.train_critic(), trained.score(), trained.train_policy("digiq")
+    lab = open_run(tmp_path/"run", load_preset("webshop", **small(published)))
+    lab.collect(), lab.featurise(), lab.propose(), lab.embed()
+    if stage == "policy": lab.train_critic(), lab.score()
+    reached, work = Bookmark.reached, lab.train_critic if stage == "critic" else lambda: lab.train_policy("digiq")
+
+    def cut(self, step, history):
+        reached(self, step, history)
+        if step == 6: raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Bookmark, "reached", cut)
+        work()
+    assert [f.stem for f in (tmp_path/"run"/"bookmarks").glob("*.safetensors")] == ["critic" if stage == "critic" else "digiq"]
+    work()
+    name = Path("checkpoints")/("critic" if stage == "critic" else "digiq")/"model.safetensors"
+    assert (tmp_path/"run"/name).read_bytes() == (trained.path/name).read_bytes()
 
 
 def test_papermill_trains_from_released_episodes(published, trained, tmp_path):
