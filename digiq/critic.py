@@ -34,11 +34,13 @@ class CriticConfig:
     screen_cells: tuple[int, int] = (3, 1) # rows and columns that patch features are averaged to; (1, 1) for pooled features
     q_hidden: tuple[int, ...] = (256, 256) # widths of the Q heads' hidden layers
     v_hidden: tuple[int, ...] = (256, 256) # widths of the V heads' hidden layers
-    dropout: float = 0.1            # of the heads' inputs, 0..1
+    dropout: float = 0.2            # of the heads' inputs, 0..1
+    relative_q: bool = True         # Q's heads say how much better or worse than V an action is; False: each says Q by itself, as published
+    state_dropout: float = 0.75     # of the state among the inputs of Q's heads, 0..1
     heads: int = 2                  # independent heads for Q and for V
     loss: str = "classification"    # "classification": cross-entropy on soft targets; "regression": squared error
     relative: float = 0.02          # a state of value V weighs 1/(V + relative) in the losses; 0 weighs all states alike
-    aggregate: str = "min"          # of the heads: "min", "mean" or "max"
+    aggregate: str = "mean"         # of the heads: "min", "mean" or "max"
     target: str = "td"              # "td": bootstrapped; "mc": Monte-Carlo return
     v_action: str = "recorded"      # action in the target of V: "recorded", or "proposal": drawn from the candidates
     gamma: float = 0.8              # discount a step, 0..1
@@ -47,7 +49,7 @@ class CriticConfig:
     lr: float = 1e-3                # Adam's learning rate
     weight_decay: float = 1e-4      # decoupled, AdamW
     clip: float = 1.0               # largest norm of the gradient
-    steps: int = 1200               # minibatches
+    steps: int = 2000               # minibatches
     reference: bool = False         # as the published code trains: nothing standardised, target network not copied, steady learning rate, last fifth of the episodes held out
     batch: int = 128                # transitions a minibatch, of all processes together
     accumulate: int = 1             # minibatches an update of the weights
@@ -190,6 +192,7 @@ def prepare(self:Critic,
     value = min(max(value, .01), .99)
     start = torch.tensor([0., np.log(value/(1 - value))]) if self.cfg.loss == "classification" else torch.tensor([value])
     for heads in (self.q_heads, self.v_heads): heads.bias[-1].copy_(start.expand_as(heads.bias[-1]))
+    if self.cfg.relative_q: self.q_heads.bias[-1].zero_(); self.q_heads.weight[-1].mul_(.1) # no action is better than another yet
 
 @patch
 def _standard(self:Critic, name, x): return (x.float() - getattr(self, f"{name}_mean"))/getattr(self, f"{name}_std")
@@ -229,16 +232,20 @@ def encode(self:Critic,
         for (i, field), r in places.items(): out[i][field] = read[id(r)]
     return out
 
-# %% ../nbs/50_critic.ipynb #50-023
+# %% ../nbs/50_critic.ipynb #50-024
 @patch
 def _state(self:Critic, batch): # what V sees, float [batch, v_in]
     goal, kind, text = (batch[f] for f in ("goal", "previous_kind", "previous_text"))
     return torch.cat([goal, kind, text, *([goal*text] if self.cfg.products else []), self._standard("screens", batch["screens"])], 1)
 
 @patch
-def _state_action(self:Critic, batch): # what Q sees, float [batch, q_in]
+def _q_and_v(self:Critic, batch): # outputs of both kinds of heads, float [heads, batch, out] each
     goal, kind, text = (batch[f] for f in ("goal", "kind", "text"))
-    return torch.cat([self._state(batch), kind, text, *([goal*text] if self.cfg.products else []), *([self._standard("rep", batch["rep"])] if self.cfg.representation else [])], 1)
+    state = self._state(batch)
+    v = self.v_heads(state)
+    action = [kind, text, *([goal*text] if self.cfg.products else []), *([self._standard("rep", batch["rep"])] if self.cfg.representation else [])]
+    q = self.q_heads(torch.cat([F.dropout(state, self.cfg.state_dropout, self.training), *action], 1))
+    return (q + v.detach() if self.cfg.relative_q else q), v
 
 @patch
 def v(self:Critic,
@@ -252,9 +259,9 @@ def q(self:Critic,
     batch:dict # a batch of states with `kind`, `text` int64 [batch] and `rep` float [batch, rep_dim]
 ) -> torch.Tensor: # logits or values, float [heads, batch, out]
     "The Q heads"
-    return self.q_heads(self._state_action(*self.encode(batch)))
+    return self._q_and_v(*self.encode(batch))[0]
 
-# %% ../nbs/50_critic.ipynb #50-025
+# %% ../nbs/50_critic.ipynb #50-026
 @patch
 def value(self:Critic,
     out:torch.Tensor # a head's outputs, float [heads, batch, out]
@@ -270,7 +277,7 @@ def combine(self:Critic,
     values = self.value(out)
     return dict(min=values.amin, max=values.amax, mean=values.mean)[self.cfg.aggregate](0)
 
-# %% ../nbs/50_critic.ipynb #50-027
+# %% ../nbs/50_critic.ipynb #50-028
 @patch
 def loss(self:Critic,
     out:torch.Tensor, # the heads' outputs, float [heads, batch, out]
@@ -282,7 +289,7 @@ def loss(self:Critic,
     logp = out.log_softmax(-1)
     return -(weight*(target*logp[..., 1] + (1 - target)*logp[..., 0])).mean(1).sum()
 
-# %% ../nbs/50_critic.ipynb #50-028
+# %% ../nbs/50_critic.ipynb #50-029
 @patch
 @torch.no_grad()
 def targets(self:Critic,
@@ -295,7 +302,7 @@ def targets(self:Critic,
     if cfg.target == "mc": y_q = y_v = batch["mc_return"]
     else:
         y_q = batch["reward"] + cfg.gamma*(1 - batch["done"])*self.combine(self.v_heads(self._state(after)))
-        y_v = self.combine(self.q_heads(self._state_action(alternative)))
+        y_v = y_q if cfg.relative_q and cfg.v_action == "recorded" else self.combine(self._q_and_v(alternative)[0])
     if not cfg.relative: return y_q, y_v, torch.ones_like(y_q)
     weight = 1/(self.combine(self.v_heads(self._state(here))).clamp_min(0) + cfg.relative)
     return y_q, y_v, weight/mean(weight)
@@ -308,10 +315,10 @@ def losses(self:Critic,
 ) -> tuple[torch.Tensor, torch.Tensor]: # J_Q and J_V
     "Both losses of a minibatch of transitions"
     y_q, y_v, weight = target.targets(batch, mean)
-    batch, = self.encode(batch)
-    return self.loss(self.q_heads(self._state_action(batch)), y_q, weight), self.loss(self.v_heads(self._state(batch)), y_v, weight)
+    q, v = self._q_and_v(*self.encode(batch))
+    return self.loss(q, y_q, weight), self.loss(v, y_v, weight)
 
-# %% ../nbs/50_critic.ipynb #50-030
+# %% ../nbs/50_critic.ipynb #50-031
 @patch
 def target(self:Critic) -> Critic: # frozen, in evaluation mode
     "A copy to bootstrap from; it shares what never changes"
@@ -328,7 +335,7 @@ def follow(self:Critic,
     for mine, its in zip(self.parameters(), critic.parameters()):
         if mine is not its: mine.lerp_(its, tau)
 
-# %% ../nbs/50_critic.ipynb #50-032
+# %% ../nbs/50_critic.ipynb #50-033
 @patch
 def compute_in(self:Critic,
     precision:str # "float32" or "bfloat16"
@@ -337,7 +344,7 @@ def compute_in(self:Critic,
     for heads in (self.q_heads, self.v_heads): heads.precision = getattr(torch, precision); heads.low.clear()
     return self
 
-# %% ../nbs/50_critic.ipynb #50-041
+# %% ../nbs/50_critic.ipynb #50-042
 @patch
 def save(self:Critic,
     path # directory to write

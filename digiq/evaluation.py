@@ -19,7 +19,6 @@ from .core import DataError, Run, derive_seed, progress, read_json, seed_all, wr
 from .data import EpisodeStore
 from .env import perform
 from .phone import SimPhone, distance
-from .rollout import Rollout, collect
 from .scoring import Scorer
 
 # %% ../nbs/60_evaluation.ipynb #60-005
@@ -52,17 +51,12 @@ def success(
 
 # %% ../nbs/60_evaluation.ipynb #60-009
 def evaluate(
-    run:Run, # where to keep the episodes and the figures
+    run:Run, # where to keep the figures
     name:str, # of the agent, a key of metrics.json
-    policy, # anything with `act`
-    tasks:list, # held-out tasks
-    make_env, # (tasks, horizon) -> environment
-    cfg:Rollout, # episodes, phones, temperature, horizon
-    seed:int=0, # of the run
-    workers:int=1 # processes that play
+    store:EpisodeStore # its finished episodes on held-out tasks
 ) -> pd.DataFrame: # how each episode ended
-    "Play held-out tasks and write the success rate to metrics.json"
-    ended = outcomes(collect(run, tasks, policy, make_env, cfg, f"evaluations/{name}", seed, workers))
+    "Write the success rate of an agent to metrics.json"
+    ended = outcomes(store)
     run.update_metrics(success={name: success(ended)})
     return ended
 

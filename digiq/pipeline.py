@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
-           'preset_path', 'overlay', 'load_preset', 'given', 'made_from', 'lineage', 'Experiment', 'fingerprint',
-           'open_run', 'readable', 'different', 'Nothing', 'read_scores', 'returns', 'draw_candidates', 'small_picture',
-           'draw_states', 'vary', 'smooth']
+           'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings', 'is_sequential',
+           'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different',
+           'Nothing', 'read_scores', 'returns', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import hashlib, os, platform, shutil, tempfile, textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,13 @@ from .actions import in_words, is_valid, parse
 from .core import ConfigError, DataError, DigiqError, Run, atomic, derive_seed, from_dict, progress, read_json, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
+from .devices.pool import DeviceSettings, open_devices
 from .embed.base import embed_run
 from .embed.hf import HFEmbedder
 from .env import DeviceEnv
 from .extraction import ExtractionConfig, Scores
+from .fleet import collect_fleet
+from .judges import Judge, JudgeSettings, confusion, kappa
 from .phone import SimPhone
 from .policy import ImageEncoder, Policy
 from .proposals import ProposalConfig
@@ -46,7 +50,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=640 # how many
+    episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
     recorded:str="" # directory of episodes that `digiq.released.convert` took over, with what they have of candidates and embeddings; then nothing is played
@@ -65,7 +69,7 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=8 # samples that re-ranking chooses from
+    rerank:int=5 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 
@@ -77,13 +81,14 @@ class Preset:
     task_set:str="webshop" # what to train and to evaluate on
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
-    temperature:float=1.1 # at which all agents act, in collection and evaluation; 0 is greedy
+    temperature:float=1.2 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     reference:bool=False # do what the published code does where it departs from the paper; see chapter 54
     threads:int=2 # of torch in training; results depend on it in the last digits
     workers:int=2 # processes that play, propose and embed, on a CPU; 1 to stay in one process
+    devices:DeviceSettings=DeviceSettings() # the phones: built-in ones, or Android over adb, and who judges there
     collection:CollectionConfig=CollectionConfig() # stage `collect`
     proposals:ProposalConfig=ProposalConfig() # stage `propose`
     representation:RepresentationConfig=RepresentationConfig() # stage `finetune`; holds the name of the VLM
@@ -148,6 +153,34 @@ def given(
     return overlay(long, {k: {n: x for n, x in v.items() if not isinstance(x, dict)} for k, v in short.items()})
 
 # %% ../nbs/65_pipeline.ipynb #65-017
+def judge_settings(
+    model:str, # as the endpoint calls it; "" for no judge
+    url:str, # of the endpoint
+    key:str, # environment variable with its key
+    examples:str="", # folder of pictures and verdicts
+) -> JudgeSettings|None:
+    "A judge from plain values."
+    return JudgeSettings(model, url, key, str(from_nbs(examples)) if examples else "") if model else None
+
+def device_settings(
+    kind:str, # simphone, adb or emulator
+    serials:str="", # of phones, with spaces between
+    avd:str="", # of emulators
+    emulators:int=4, # how many
+    *judge, # as for `judge_settings`
+) -> dict: # overrides for `load_preset`
+    "Devices from plain values. Built-in phones judge themselves, so a judge is left out there."
+    asked = judge_settings(*judge) if judge and kind != "simphone" else None
+    return dict(kind=kind, serials=serials.split() or None, emulator=dict(avd=avd, count=emulators) if avd else None, judge=asked and to_dict(asked))
+
+def is_sequential(
+    order:str, # "random" or "sequential"
+) -> bool:
+    "Whether tasks are played as they stand. Raises `ConfigError` for another order."
+    if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
+    return order == "sequential"
+
+# %% ../nbs/65_pipeline.ipynb #65-020
 PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads", "reference" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
@@ -164,7 +197,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
-# %% ../nbs/65_pipeline.ipynb #65-019
+# %% ../nbs/65_pipeline.ipynb #65-022
 RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
@@ -185,7 +218,7 @@ def lineage(
     stages, own = made_from(stage)
     return list(dict.fromkeys([field for s in stages for field in lineage(s)] + list(own)))
 
-# %% ../nbs/65_pipeline.ipynb #65-022
+# %% ../nbs/65_pipeline.ipynb #65-025
 class Experiment(Run):
     "All stages of Digi-Q in one run directory"
     def __init__(self,
@@ -206,7 +239,7 @@ class Experiment(Run):
         "As `Run.stage`, with the settings of everything that goes into the stage."
         return super().stage(name, dict(config, preset=self.settings(name)))
 
-# %% ../nbs/65_pipeline.ipynb #65-024
+# %% ../nbs/65_pipeline.ipynb #65-027
 def fingerprint(
     name:str, # of a model
 ) -> str: # the name, and a digest where the model is a directory
@@ -224,9 +257,15 @@ def settings(self:Experiment,
     "Every setting that the result of a stage depends on."
     found = to_dict(self.preset) | {"policy": fingerprint(self.preset.policy), "eyes": fingerprint(self.preset.eyes)}
     found["representation"] = found["representation"] | {"model": fingerprint(self.preset.representation.model)}
-    return {k: found[k] for k in lineage(stage)} | {"seed": self.seed}
+    return {k: found[k] for k in lineage(stage)} | played_on(found["devices"]) | {"seed": self.seed}
 
-# %% ../nbs/65_pipeline.ipynb #65-025
+def played_on(devices): # what rewards and screens depend on: not the cable, nor a limit or budget
+    if devices["kind"] == "simphone": return {}
+    some = lambda d, without: d and {k: v for k, v in d.items() if k not in without}
+    return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
+                        "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
+
+# %% ../nbs/65_pipeline.ipynb #65-029
 def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
@@ -235,15 +274,22 @@ def open_run(
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), seed)
 
-# %% ../nbs/65_pipeline.ipynb #65-028
+# %% ../nbs/65_pipeline.ipynb #65-032
+@patch
+def finished(self:Experiment,
+    stage:str, # its name
+) -> bool:
+    "Whether a stage is finished."
+    record = self.path/"stages"/f"{stage}.json"
+    return record.exists() and read_json(record)["done"]
+
 @patch
 def require(self:Experiment,
     *stages:str, # names
 ):
     "Raise `DigiqError` naming the first of these stages that is not finished."
     for name in stages:
-        record = self.path/"stages"/f"{name}.json"
-        if record.exists() and read_json(record)["done"]: continue
+        if self.finished(name): continue
         call = CALLS.get(name) or f"{'evaluate' if '/' in name else 'train_policy'}({name.rpartition('/')[2]!r})"
         raise DigiqError(f"{self.path} has no finished stage {name}: call {call if '(' in call else call + '()'} first")
 
@@ -256,7 +302,7 @@ def note(self:Experiment):
     self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()}, counts={k: r["counts"] for k, r in done.items() if r["counts"]},
         versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, digiq=__version__))
 
-# %% ../nbs/65_pipeline.ipynb #65-031
+# %% ../nbs/65_pipeline.ipynb #65-035
 def _load(what, name, load):
     path = Path(model_path(name)).expanduser()
     missing = f"{what} {name!r} cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
@@ -270,7 +316,7 @@ def eyes(self:Experiment) -> ImageEncoder:
     if "_eyes" not in self.__dict__: self._eyes = _load("the VLM for eyes", self.preset.eyes, lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
     return self._eyes
 
-# %% ../nbs/65_pipeline.ipynb #65-033
+# %% ../nbs/65_pipeline.ipynb #65-037
 @patch
 def has(self:Experiment,
     name:str, # "episodes", "screens", "proposals" or "embeddings"
@@ -304,7 +350,7 @@ def width(self:Experiment) -> int:
     "Width of the image features of a patch, or of a screen where there is one vector a screen."
     return Embeddings(self.path/"screens").index.arrays[0].shape[1] if self.has("screens") else self.eyes.dim
 
-# %% ../nbs/65_pipeline.ipynb #65-034
+# %% ../nbs/65_pipeline.ipynb #65-038
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
@@ -327,7 +373,7 @@ def behaviour(self:Experiment) -> Policy:
     if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
     return self._behaviour
 
-# %% ../nbs/65_pipeline.ipynb #65-037
+# %% ../nbs/65_pipeline.ipynb #65-041
 @patch
 def tasks(self:Experiment,
     split:str, # train, val or test
@@ -341,21 +387,41 @@ def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon)
 
 @patch
-def collect(self:Experiment) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
+def play(self:Experiment,
+    name:str, # of the set
+    policy, # with `act`
+    split:str, # of the tasks
+    cfg:Rollout, # how many, and how
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of `cfg.episodes`
+) -> EpisodeStore:
+    "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
+    played, kind = self.tasks(split), self.preset.devices.kind
+    if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
+    if kind == "simphone": return rollout.collect(self, played, policy, self.make_env, cfg, name, self.seed, self.workers, sequential)
+    with nullcontext([]) if self.finished(name) else open_devices(self.preset.devices, self.path/"judge") as makers:
+        return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet, name, self.seed, sequential) # a real phone cannot play an episode again
+
+@patch
+def collect(self:Experiment,
+    split:str="train", # of the tasks
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
+) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset
     if p.collection.recorded:
         self.take_over("episodes")
         return _by_level(evaluation.outcomes(EpisodeStore(self.path/"episodes")))
     cfg = Rollout(p.collection.episodes, p.collection.phones, p.temperature, p.horizon, p.collection.shard)
-    ended = evaluation.outcomes(rollout.collect(self, self.tasks("train"), self.behaviour, self.make_env, cfg, seed=self.seed, workers=self.workers))
+    ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return _by_level(ended)
 
 def _by_level(ended): return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
 
-# %% ../nbs/65_pipeline.ipynb #65-039
+# %% ../nbs/65_pipeline.ipynb #65-043
 @patch
 def featurise(self:Experiment) -> dict: # counts
     "Image features of all recorded screens."
@@ -378,7 +444,7 @@ def propose(self:Experiment) -> dict: # counts
     distinct = found["index"].map(max) + 1
     return dict(states=len(found), candidates=len(found["actions"][0]), distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
 
-# %% ../nbs/65_pipeline.ipynb #65-041
+# %% ../nbs/65_pipeline.ipynb #65-045
 @patch
 def bookmark(self:Experiment,
     name:str, # of a training stage
@@ -432,7 +498,7 @@ def result(self:Experiment,
     self.note()
     return read_json(path)
 
-# %% ../nbs/65_pipeline.ipynb #65-044
+# %% ../nbs/65_pipeline.ipynb #65-048
 @patch
 def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     "Teach the VLM which actions change the screen."
@@ -457,7 +523,7 @@ def embedder(self:Experiment) -> HFEmbedder:
     with readable(self.path/"checkpoints"/"representation") as path:
         return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-046
+# %% ../nbs/65_pipeline.ipynb #65-050
 def different(
     found:Embeddings,
     batch:int=4096, # rows read at a time
@@ -480,7 +546,7 @@ def embed(self:Experiment) -> dict: # counts
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-048
+# %% ../nbs/65_pipeline.ipynb #65-052
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -494,7 +560,7 @@ def transitions(self:Experiment) -> training.Transitions:
     if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-049
+# %% ../nbs/65_pipeline.ipynb #65-053
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
@@ -509,7 +575,7 @@ def train_critic(self:Experiment,
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-050
+# %% ../nbs/65_pipeline.ipynb #65-054
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -531,7 +597,7 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-052
+# %% ../nbs/65_pipeline.ipynb #65-056
 def read_scores(
     path:Path, # scores.parquet
 ) -> Scores:
@@ -559,7 +625,7 @@ def score(self:Experiment) -> Scores:
     team.wait()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-053
+# %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -578,7 +644,7 @@ def train_policy(self:Experiment,
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-055
+# %% ../nbs/65_pipeline.ipynb #65-059
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -595,11 +661,13 @@ def agent(self:Experiment,
 @patch
 def evaluate(self:Experiment,
     name:str, # see `agent`
+    sequential:bool=False, # tasks as they stand, instead of in a random order
+    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
 ) -> pd.DataFrame: # how each episode ended
     "Play held-out tasks. The screens of the behaviour policy are kept: the critic is checked on them."
     p, cfg = self.preset, self.preset.evaluation
     how = Rollout(min(cfg.episodes, cfg.most), cfg.phones, p.temperature, p.horizon, cfg.shard, screens=name == "behaviour")
-    ended = evaluation.evaluate(self, name, self.agent(name), self.tasks(cfg.split), self.make_env, how, self.seed, self.workers)
+    ended = evaluation.evaluate(self, name, self.play(f"evaluations/{name}", self.agent(name), cfg.split, how, sequential, repeats))
     self.note()
     return ended
 
@@ -615,7 +683,29 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-057
+# %% ../nbs/65_pipeline.ipynb #65-061
+@patch
+def judge_agreement(self:Experiment,
+    cfg:JudgeSettings, # whom to ask
+    agent:str="behaviour", # whose evaluation; its screens must have been kept
+    most:int=100, # screens, half of them final
+) -> pd.DataFrame: # counts; rows: the truth, columns: what the judge says
+    "Compare a judge with the truth; agreement and Cohen's kappa go to metrics.json."
+    self.require(f"evaluations/{agent}")
+    if self.preset.devices.kind != "simphone": raise DigiqError("the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another run_dir")
+    store, judge, rng = EpisodeStore(self.path/"evaluations"/agent), Judge(cfg, self.path/"judge"), np.random.default_rng(derive_seed(self.seed, "judge"))
+    steps = store.episodes()
+    last = steps[(steps.action == "") & (steps.error == "") & (steps.step > 1)]
+    last = last.iloc[np.sort(rng.permutation(len(last))[:most // 2])]
+    won = steps.groupby("episode").reward.max() >= 1
+    asked = [(r, at, bool(won[r.episode]) and at == r.step) for r in last.itertuples() for at in (r.step, int(rng.integers(1, r.step)))]
+    screens = [[store.screen(r.episode, k) for k in (at - 1, at)] for r, at, _ in progress(asked, desc="asking the judge")]
+    said = [judge(SimpleNamespace(id=r.task_id, goal=r.goal), *shown) >= 1 for (r, _, _), shown in zip(asked, screens)]
+    table = confusion([truth for *_, truth in asked], said)
+    self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
+    return table
+
+# %% ../nbs/65_pipeline.ipynb #65-063
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -639,7 +729,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-058
+# %% ../nbs/65_pipeline.ipynb #65-064
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -669,7 +759,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-062
+# %% ../nbs/65_pipeline.ipynb #65-068
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -695,7 +785,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {q[i]:.2f}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-063
+# %% ../nbs/65_pipeline.ipynb #65-069
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -722,7 +812,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage Q(s, a) − V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-064
+# %% ../nbs/65_pipeline.ipynb #65-070
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -741,7 +831,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-068
+# %% ../nbs/65_pipeline.ipynb #65-074
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches

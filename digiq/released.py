@@ -102,7 +102,7 @@ def load_critic(
         rep = heads["q_heads.weight.0"].shape[1] - 5*d - screens
     except KeyError as e: raise DataError(f"the critic's file is not a Digi-Q critic's: it lacks {e}") from None
     if screens < 0 or screens % 2 or rep < 1: raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
-    cfg = CriticConfig(text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(widths["q"][:-1]), v_hidden=tuple(widths["v"][:-1]), dropout=0., loss="classification" if widths["q"][-1] == 2 else "regression",
+    cfg = CriticConfig(text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(widths["q"][:-1]), v_hidden=tuple(widths["v"][:-1]), dropout=0., relative_q=False, state_dropout=0., loss="classification" if widths["q"][-1] == 2 else "regression",
         relative=0., aggregate="max", gamma=.95, tau=.1, lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
     critic = Critic(cfg, torch.full((1, 1), encoder.pad_token_id), encoder.vocab_size, screens//2, rep, encoder).eval()
     own = {k: v for k, v in critic.state_dict().items() if k.endswith(("_mean", "_std"))}

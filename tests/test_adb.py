@@ -19,7 +19,7 @@ if not adb:
     if os.environ.get("DIGIQ_CI"): raise RuntimeError("adb is missing: apt-get install adb")
     pytest.skip("adb is missing: apt-get install adb", allow_module_level=True)
 
-quick = AdbSettings(limit=10, settle=0, pause=.01)
+quick, brief = AdbSettings(limit=20, settle=0, pause=.01), AdbSettings(limit=.5, settle=0)
 hostile = st.text(st.one_of(st.sampled_from("$()`;|&<>\"'\\%s \n\t*?~#-!{}[]"), st.characters(exclude_categories=["Cs"])), max_size=20)
 
 
@@ -29,10 +29,10 @@ def server():
 
 
 @contextmanager
-def phone(cfg=quick, **kw):
+def phone():
     "A phone behind adb, and the device that drives it."
-    android = Android(SimPhone(disturbance=0), **kw)
-    with Adbd([android]) as served: yield android, AdbDevice(connected(served.addresses[0]), cfg)
+    android = Android(SimPhone(disturbance=0))
+    with Adbd([android]) as served: yield android, AdbDevice(connected(served.addresses[0]), quick)
 
 
 def connected(address):
@@ -45,7 +45,7 @@ def test_typed_text_arrives_as_it_is_and_nothing_else_runs(server):
         arrived = []
         android.phone.type_text = arrived.append
 
-        @settings(max_examples=20, deadline=None, database=None)
+        @settings(max_examples=60, deadline=None, database=None)
         @given(hostile)
         def types(text):
             arrived.clear()
@@ -122,7 +122,8 @@ def test_link_cut_in_the_middle_of_a_tap_is_not_tapped_again(server, monkeypatch
 
 @pytest.mark.parametrize("answer", [b"", b"garbage", bytes(100), b"\xff" * 1000, b"\x89PNG\r\n\x1a\n" + b"x" * 50])
 def test_device_that_answers_with_garbage(server, monkeypatch, answer):
-    with phone(AdbSettings(limit=.5, settle=0)) as (android, device):
+    with phone() as (android, device):
+        device.cfg = brief
         monkeypatch.setitem(COMMANDS, "screencap", lambda android, words: answer)
         for device.way in ("screencap", "screencap -p"):
             with pytest.raises(DeviceError, match="screenshot"): device.screenshot()
@@ -134,7 +135,8 @@ def test_device_that_hangs_is_given_up_in_time(server, monkeypatch):
         while True:
             await stream.write(b"x")
             await asyncio.sleep(.05)
-    with phone(AdbSettings(limit=.5, settle=0)) as (android, device):
+    with phone() as (android, device):
+        device.cfg = brief
         for service in (never, drip):
             monkeypatch.setitem(adbd.SERVICES, "exec", service)
             monkeypatch.setitem(adbd.SERVICES, "shell", service)

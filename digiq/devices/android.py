@@ -80,7 +80,7 @@ class Android:
         serial:str="simphone-0", # its name
         keyboards:tuple=KEYBOARDS, # input methods that are installed
     ):
-        self.phone, self.keyboards, self.keyboard, self.awake, self.override = phone, keyboards, keyboards[0], True, None
+        self.phone, self.keyboards, self.keyboard, self.awake, self.override, self.dots = phone, keyboards, keyboards[0], True, None, None
         self.properties = {"ro.serialno": serial, "ro.product.name": "simphone", "ro.product.model": "SimPhone", "ro.product.device": "simphone", "ro.product.brand": "digiq",
                            "ro.build.version.release": "14", "ro.build.version.sdk": "34", "ro.product.cpu.abi": "x86_64", "sys.boot_completed": "1"}
         self.settings = {"system": {"accelerometer_rotation": "1", "user_rotation": "0", "screen_off_timeout": "60000"},
@@ -210,7 +210,9 @@ def _wm(android, words):
         android.override = tuple(map(int, words[1].split("x")))
     elif words == ["size"]:
         return f"Physical size: {width}x{height}\n" + (f"Override size: {android.override[0]}x{android.override[1]}\n" if android.override else "")
-    elif words == ["density"]: return f"Physical density: {round(440 * width / SIZE[0])}\n"
+    elif words == ["density"]: return f"Physical density: {round(440 * width / SIZE[0])}\n" + (f"Override density: {android.dots}\n" if android.dots else "")
+    elif words == ["density", "reset"]: android.dots = None
+    elif words[:1] == ["density"] and len(words) == 2 and words[1].isdigit() and int(words[1]) >= 72: android.dots = int(words[1]) # nothing here is drawn by it
     elif words != ["dismiss-keyguard"]: raise ShellError(f"Unknown command: {' '.join(words)}", 255)
     return ""
 

@@ -7,7 +7,7 @@ __all__ = ['LAST_PORT', 'find_emulator', 'check_kvm', 'list_avds', 'EmulatorSett
            'Emulators']
 
 # %% ../../nbs/22_devices.emulator.ipynb #22-002
-import os, shutil, signal, socket, subprocess, tempfile, time
+import os, shutil, signal, socket, subprocess, tempfile, threading, time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,15 +159,14 @@ class Emulators:
         self.program, self.cfg = program or find_emulator(os.environ), cfg
         avds = list_avds(self.program)
         if cfg.avd not in avds: raise DeviceError(f"there is no AVD {cfg.avd!r}, only {', '.join(avds) or 'none at all'}: make it with `avdmanager create avd`")
-        self.folder, self.emulators = Path(tempfile.mkdtemp(prefix="digiq-emulators-")), []
+        self.folder, self.emulators, self.starting = Path(tempfile.mkdtemp(prefix="digiq-emulators-")), [], threading.Lock()
 
     def __enter__(self):
         try:
             for i in range(self.cfg.count):
                 if i: time.sleep(self.cfg.stagger)
-                emulator = Emulator(self.program, self.cfg, self.folder)
-                self.emulators.append(emulator)
-                emulator.start(self.taken())
+                self.emulators.append(Emulator(self.program, self.cfg, self.folder))
+                self.start(self.emulators[-1])
             for emulator in self.emulators: self.bring_up(emulator)
         except BaseException:
             self.__exit__()
@@ -178,7 +177,8 @@ class Emulators:
         for emulator in self.emulators: emulator.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def taken(self): return {e.port for e in self.emulators if e.process}
+    def start(self, emulator): # users of several emulators may find them sick at the same time, but ports are given away one after another
+        with self.starting: emulator.start({e.port for e in self.emulators if e.process})
 
 # %% ../../nbs/22_devices.emulator.ipynb #22-014
 @patch
@@ -191,7 +191,7 @@ def bring_up(self:Emulators,
         with attempt:
             if emulator.state() in ("stopped", "dead", "sick") and (attempt.retry_state.attempt_number > 1 or emulator.process is None):
                 emulator.stop()
-                emulator.start(self.taken())
+                self.start(emulator)
             emulator.wait()
 
 @patch
@@ -203,8 +203,10 @@ def heal(self:Emulators,
     self.bring_up(emulator)
 
 @patch
-def devices(self:Emulators,
-    cfg:AdbSettings=AdbSettings(), # how they are operated
-) -> list[AdbDevice]:
-    "The emulators as devices."
-    return [AdbDevice(e.serial, cfg) for e in self.emulators]
+def device(self:Emulators,
+    emulator:Emulator, # one of these
+    cfg:AdbSettings=AdbSettings(), # how it is operated
+) -> AdbDevice:
+    "An emulator as a device. One that is not ready is started again first."
+    if emulator.state() != "ready": self.heal(emulator)
+    return AdbDevice(emulator.serial, cfg)

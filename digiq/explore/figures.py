@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIVERGING', 'MARK', 'DIAGNOSTICS', 'new_figure', 'show_screen', 'draw_action', 'draw_episode', 'draw_values',
-           'small_picture_of', 'scale', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores', 'axes_of',
-           'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map', 'draw_training',
-           'parting', 'draw_pair']
+           'small_picture_of', 'film_of', 'scale', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores',
+           'axes_of', 'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map',
+           'draw_training', 'parting', 'draw_pair']
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-003
 import textwrap
@@ -24,6 +24,7 @@ from ..evaluation import plot_reliability, reliability
 from .field import Field
 from .run import RunView, words
 from ..pipeline import returns, small_picture
+from ..recording import Film, film
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-006
 DIVERGING = LinearSegmentedColormap.from_list("orange-blue", ["#a63c00", "#f08a24", "#d9d9d9", "#4a9fdc", "#08448c"])
@@ -92,6 +93,17 @@ def small_picture_of(figure): # a Figure that pyplot does not know
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     FigureCanvasAgg(figure)
     return small_picture(figure)
+
+# %% ../../nbs/70b_explore.figures.ipynb #70b-film-2
+def film_of(
+    view:RunView, # the run
+    name:str="episodes", # of a set
+    episode:int=0, # its number
+) -> Film: # shows itself in a notebook; `save` writes .webp or .mp4
+    "An episode as a film. Screens that were not kept are played again."
+    rows = view.steps(name, episode)
+    q, v = view.values(name, episode) if view.has("critic") else (None, None)
+    return film(rows, [view.screen(name, episode, step) for step in rows.step], q, v)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-010
 def scale(

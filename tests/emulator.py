@@ -1,0 +1,21 @@
+"A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves."
+import os, socket, sys, time
+from pathlib import Path
+words = sys.argv[1:]
+if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata\nslow\nloop\ncrash\nonce"))
+option = dict(zip(words, words[1:]))
+kind, port, mark = option["-avd"], int(option["-port"]), Path(__file__).with_name("mark")
+if kind == "crash" or kind == "once" and not mark.exists():
+    mark.touch()
+    sys.exit("ERROR   | Not enough space to create userdata partition")
+from digiq.devices.adbd import Adbd
+from digiq.devices.android import Android
+from digiq.phone import SimPhone
+android = Android(SimPhone(), f"EMULATOR{port}")
+android.properties["sys.boot_completed"] = ""
+with socket.create_server(("127.0.0.1", port)), Adbd([android], port=port + 1):
+    message = f"host:emulator:{port + 1}".encode()
+    with socket.create_connection(("127.0.0.1", int(os.environ["ANDROID_ADB_SERVER_PORT"]))) as s: s.sendall(b"%04x" % len(message) + message)
+    time.sleep(.5)
+    if kind != "loop": android.properties["sys.boot_completed"] = "1"
+    while True: time.sleep(1)

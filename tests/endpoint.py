@@ -1,0 +1,58 @@
+"An OpenAI-compatible endpoint on loopback, for tests and lessons: it answers as it is told to, and fails as it is told to."
+import base64, io, json, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+
+
+class Endpoint:
+    "Serves POST /v1/chat/completions inside `with`. `answer(goal, picture, request)` returns a verdict (a dict) or any text; what is in `faults` comes first."
+    def __init__(self, answer, key="sk-loopback"):
+        self.answer, self.key, self.faults, self.requests = answer, key, [], []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            def log_message(self, *_): pass
+            def do_POST(self): endpoint.serve(self, self.rfile.read(int(self.headers["Content-Length"])))
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = "http://127.0.0.1:{}/v1".format(self.server.server_port)
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def serve(self, handler, body):
+        request, said = json.loads(body), handler.headers.get("Authorization", "")
+        self.requests.append(request)
+        fault = self.faults.pop(0) if self.faults else None
+        if said != f"Bearer {self.key}": return self.reply(handler, 401, {"error": {"message": f"Incorrect API key provided: {said}"}})
+        if handler.path != "/v1/chat/completions": return self.reply(handler, 404, {"error": {"message": "no such path"}})
+        if isinstance(fault, int): return self.reply(handler, fault, {"error": {"message": f"status {fault} for {said}"}})
+        if fault == "slow": time.sleep(3)
+        if fault == "cut": return handler.connection.close()
+        if fault == "garbage": return self.send(handler, 200, b"<html>busy</html>", "text/html")
+        content = fault[1] if isinstance(fault, tuple) else self.answer(*question(request), request)
+        self.reply(handler, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
+                                  "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content if isinstance(content, str) else json.dumps(content)}}]})
+
+    def reply(self, handler, status, content): self.send(handler, status, json.dumps(content).encode(), "application/json")
+
+    def send(self, handler, status, data, kind):
+        handler.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), ("retry-after-ms", "1")): handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+def question(request):
+    "Goal and picture of the last message."
+    text, picture = request["messages"][-1]["content"]
+    data = base64.b64decode(picture["image_url"]["url"].partition("base64,")[2])
+    return text["text"].removeprefix("Goal: "), Image.open(io.BytesIO(data)).convert("RGB")
