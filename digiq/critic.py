@@ -50,6 +50,7 @@ class CriticConfig:
     weight_decay: float = 1e-4      # decoupled, AdamW
     clip: float = 1.0               # largest norm of the gradient
     steps: int = 2000               # minibatches
+    reference: bool = False         # as the published code trains: nothing standardised, target network not copied, steady learning rate, last fifth of the episodes held out
     batch: int = 128                # transitions a minibatch, of all processes together
     accumulate: int = 1             # minibatches an update of the weights
     save_every: int = 0             # minibatches between bookmarks, from which a training that was cut off goes on; 0 for none

@@ -305,11 +305,11 @@ EMBEDDING_COLUMNS = dict(episode=pa.int64(), step=pa.int64(), action=pa.string()
 def _check_features(features, rows):
     if features.ndim != 2 or len(features) != len(rows): raise DataError(f"{len(rows)} rows need features of shape [{len(rows)}, d], not {list(features.shape)}")
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
-    if len(bad): raise DataError(f"the embedding of {tuple(rows[bad[0]].values())} is zero or not a finite float16, and so are {len(bad) - 1} others")
+    if len(bad): raise DataError(f"the embedding of {tuple(rows[bad[0]].values())} is zero or not a finite {features.dtype}, and so are {len(bad) - 1} others")
 
 # %% ../nbs/30_data.ipynb #30-056
 class Embeddings:
-    "f(s, a) for distinct (state, action) pairs: float16 [n, d] on disk, a row a pair. Opening checks the shards that are there."
+    "f(s, a) for distinct (state, action) pairs: float16 (or float32) [n, d] on disk, a row a pair. Opening checks the shards that are there."
     def __init__(self,
         path:str|Path, # directory; made by the first `write_shard`
     ):
@@ -330,9 +330,10 @@ def write_shard(self:Embeddings,
     index:int, # number of the shard
     rows:list[dict], # `episode`, `step`, `action`; the actions of a state next to each other, all in one shard
     features:np.ndarray, # [len(rows), d]
+    dtype:str="float16", # on disk; "float32" for vectors that came in it, in all shards alike
 ) -> Path: # the file of vectors
     "Write a shard, once. Raises `DataError` on failed embeddings, and rather than overwrite."
-    with np.errstate(over="ignore"): features = np.asarray(features, np.float16)
+    with np.errstate(over="ignore"): features = np.asarray(features, dtype)
     _check_features(features, rows)
     out = io.BytesIO()
     np.save(out, features, allow_pickle=False)
@@ -384,13 +385,13 @@ def rows(self:Embeddings,
 @patch
 def __getitem__(self:Embeddings,
     rows:np.ndarray, # int, any shape
-) -> np.ndarray: # float16 [*rows.shape, d]
+) -> np.ndarray: # float16 or float32, as stored, [*rows.shape, d]
     "The vectors of some rows; only these are read."
     rows, index = np.asarray(rows), self.index
     flat = rows.reshape(-1)
     if flat.size and not (0 <= flat.min() and flat.max() < len(self)): raise IndexError(f"rows go from 0 to {len(self) - 1}")
     part = np.searchsorted(index.starts, flat, "right") - 1
-    out = np.empty((flat.size, index.arrays[0].shape[1]), np.float16)
+    out = np.empty((flat.size, index.arrays[0].shape[1]), index.arrays[0].dtype)
     for p in np.unique(part): out[part == p] = index.arrays[p][flat[part == p] - index.starts[p]]
     index.give_back(out.nbytes)
     return out.reshape(*rows.shape, out.shape[1])

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
-           'preset_path', 'overlay', 'load_preset', 'judge_settings', 'device_settings', 'is_sequential', 'made_from',
-           'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different', 'Nothing',
-           'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary',
-           'smooth']
+           'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings', 'is_sequential',
+           'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different',
+           'Nothing', 'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture',
+           'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
-import hashlib, platform, tempfile, textwrap
+import hashlib, os, platform, shutil, tempfile, textwrap
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ class CollectionConfig:
     episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
+    recorded:str="" # directory of episodes that `digiq.released.convert` took over, with what they have of candidates and embeddings; then nothing is played
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
@@ -65,6 +66,7 @@ class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
+    first:int|None=None # only the first so many tasks of the split; 96 is the published way
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
@@ -84,6 +86,7 @@ class Preset:
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
+    reference:bool=False # do what the published code does where it departs from the paper; see chapter 54
     threads:int=2 # of torch in training; results depend on it in the last digits
     workers:int=2 # processes that play, propose and embed, on a CPU; 1 to stay in one process
     devices:DeviceSettings=DeviceSettings() # the phones: built-in ones, or Android over adb, and who judges there
@@ -130,6 +133,7 @@ def overlay(
 
 def load_preset(
     name:str|Path="tiny", # of a preset of the package, or a YAML file
+    /,
     **overrides, # fields of `Preset`; those of a component as a dictionary; None leaves the preset's value
 ) -> Preset:
     "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."
@@ -139,7 +143,17 @@ def load_preset(
     preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
     return from_dict(Preset, overlay(to_dict(preset), overrides))
 
-# %% ../nbs/65_pipeline.ipynb #65-014
+# %% ../nbs/65_pipeline.ipynb #65-012
+def given(
+    variables:dict, # of the notebook: `globals()`
+    **short, # by component, settings that the notebook has short names for
+) -> dict: # for `load_preset`
+    "Settings that a run notebook was given."
+    fields = Preset.__dataclass_fields__
+    long = {k: v for k, v in variables.items() if k in fields and (isinstance(v, dict) or k not in short)}
+    return overlay(long, {k: {n: x for n, x in v.items() if not isinstance(x, dict)} for k, v in short.items()})
+
+# %% ../nbs/65_pipeline.ipynb #65-017
 def judge_settings(
     model:str, # as the endpoint calls it; "" for no judge
     url:str, # of the endpoint
@@ -167,8 +181,8 @@ def is_sequential(
     if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
     return order == "sequential"
 
-# %% ../nbs/65_pipeline.ipynb #65-017
-PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads" # settings that everything depends on
+# %% ../nbs/65_pipeline.ipynb #65-020
+PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads", "reference" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),
@@ -184,7 +198,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
-# %% ../nbs/65_pipeline.ipynb #65-019
+# %% ../nbs/65_pipeline.ipynb #65-022
 RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
@@ -205,7 +219,7 @@ def lineage(
     stages, own = made_from(stage)
     return list(dict.fromkeys([field for s in stages for field in lineage(s)] + list(own)))
 
-# %% ../nbs/65_pipeline.ipynb #65-022
+# %% ../nbs/65_pipeline.ipynb #65-025
 class Experiment(Run):
     "All stages of Digi-Q in one run directory"
     def __init__(self,
@@ -226,7 +240,7 @@ class Experiment(Run):
         "As `Run.stage`, with the settings of everything that goes into the stage."
         return super().stage(name, dict(config, preset=self.settings(name)))
 
-# %% ../nbs/65_pipeline.ipynb #65-024
+# %% ../nbs/65_pipeline.ipynb #65-027
 def fingerprint(
     name:str, # of a model
 ) -> str: # the name, and a digest where the model is a directory
@@ -252,7 +266,7 @@ def played_on(devices): # what rewards and screens depend on: not the cable, nor
     return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
                         "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
 
-# %% ../nbs/65_pipeline.ipynb #65-026
+# %% ../nbs/65_pipeline.ipynb #65-029
 def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
@@ -261,7 +275,7 @@ def open_run(
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), seed)
 
-# %% ../nbs/65_pipeline.ipynb #65-029
+# %% ../nbs/65_pipeline.ipynb #65-032
 @patch
 def finished(self:Experiment,
     stage:str, # its name
@@ -289,7 +303,7 @@ def note(self:Experiment):
     self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()}, counts={k: r["counts"] for k, r in done.items() if r["counts"]},
         versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, digiq=__version__))
 
-# %% ../nbs/65_pipeline.ipynb #65-032
+# %% ../nbs/65_pipeline.ipynb #65-035
 def _load(what, name, load):
     path = Path(model_path(name)).expanduser()
     missing = f"{what} {name!r} cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
@@ -303,20 +317,55 @@ def eyes(self:Experiment) -> ImageEncoder:
     if "_eyes" not in self.__dict__: self._eyes = _load("the VLM for eyes", self.preset.eyes, lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
     return self._eyes
 
-# %% ../nbs/65_pipeline.ipynb #65-033
+# %% ../nbs/65_pipeline.ipynb #65-037
+@patch
+def has(self:Experiment,
+    name:str, # "episodes", "screens", "proposals" or "embeddings"
+) -> bool:
+    "Whether the recorded episodes bring the result of a stage."
+    folder = self.preset.collection.recorded
+    return bool(folder) and (from_nbs(folder)/name).is_dir()
+
+@patch
+def take_over(self:Experiment,
+    name:str, # of a stage
+) -> dict: # counts
+    "Make recorded data the result of a stage. Raises `DigiqError` where it was not converted to the end."
+    source = from_nbs(self.preset.collection.recorded)
+    record = source/"stages"/"converted.json"
+    if not record.exists() or not read_json(record)["done"]: raise DigiqError(f"{source} holds no converted episodes: run python -m digiq.released FILE {source} first, to its end")
+    counts = read_json(record)["counts"]
+    with self.stage(name, {"converted": counts}) as stage:
+        if not stage.done:
+            (self.path/name).mkdir(exist_ok=True)
+            for f in sorted(p for p in (source/name).iterdir() if not p.name.startswith(".")):
+                if (self.path/name/f.name).exists(): continue
+                try: os.link(f, self.path/name/f.name)
+                except OSError: shutil.copy2(f, self.path/name/f.name)
+            stage.counts |= counts
+    self.note()
+    return stage.counts
+
+@patch(as_prop=True)
+def width(self:Experiment) -> int:
+    "Width of the image features of a patch, or of a screen where there is one vector a screen."
+    return Embeddings(self.path/"screens").index.arrays[0].shape[1] if self.has("screens") else self.eyes.dim
+
+# %% ../nbs/65_pipeline.ipynb #65-038
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
 ) -> Policy:
     "A policy that sees through `eyes`."
-    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, self.eyes, self.preset.device))
+    eyes = self.eyes if not self.preset.collection.recorded else lambda *screens: self.eyes(*screens) # training on what is recorded needs none
+    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, eyes, self.preset.device))
 
 @patch
 def base_policy(self:Experiment) -> Policy:
     "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
     policy = self.load_policy(self.preset.policy)
-    if policy.model.config.image_dim != self.eyes.dim:
-        raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.model.config.image_dim}, but eyes {self.preset.eyes!r} give {self.eyes.dim}: name the VLM it was made with")
+    if policy.model.config.image_dim != self.width:
+        raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.model.config.image_dim}, but {'the recorded ones have' if self.has('screens') else f'eyes {self.preset.eyes!r} give'} {self.width}: name the VLM it was made with")
     return policy
 
 @patch(as_prop=True)
@@ -325,13 +374,13 @@ def behaviour(self:Experiment) -> Policy:
     if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
     return self._behaviour
 
-# %% ../nbs/65_pipeline.ipynb #65-036
+# %% ../nbs/65_pipeline.ipynb #65-041
 @patch
 def tasks(self:Experiment,
     split:str, # train, val or test
 ) -> list: # of `Task`
-    "The tasks of a split."
-    return tasks.load(self.preset.task_set, split)
+    "The tasks of a split; of the one that is evaluated on, the first few where the preset says so."
+    return tasks.load(self.preset.task_set, split)[:self.preset.evaluation.first if split == self.preset.evaluation.split else None]
 
 @patch
 def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
@@ -362,17 +411,25 @@ def collect(self:Experiment,
 ) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset
+    if p.collection.recorded:
+        self.take_over("episodes")
+        return _by_level(evaluation.outcomes(EpisodeStore(self.path/"episodes")))
     cfg = Rollout(p.collection.episodes, p.collection.phones, p.temperature, p.horizon, p.collection.shard)
     ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
-    return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
+    return _by_level(ended)
 
-# %% ../nbs/65_pipeline.ipynb #65-038
+def _by_level(ended): return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
+
+# %% ../nbs/65_pipeline.ipynb #65-043
 @patch
 def featurise(self:Experiment) -> dict: # counts
     "Image features of all recorded screens."
     self.require("episodes")
+    if self.has("screens"):
+        self.take_over("screens")
+        return dict(screens=len(Embeddings(self.path/"screens")), patches=1, width=self.width)
     features = proposals.featurise(self, self.eyes, workers=self.workers)
     self.note()
     return dict(screens=len(features), patches=self.eyes.side**2, width=self.eyes.dim)
@@ -381,12 +438,14 @@ def featurise(self:Experiment) -> dict: # counts
 def propose(self:Experiment) -> dict: # counts
     "Candidate actions for all recorded states."
     self.require("screens")
-    found = proposals.propose(self, self.behaviour, self.preset.proposals, self.seed, workers=self.workers).table()
+    if self.has("proposals"): self.take_over("proposals")
+    else: proposals.propose(self, self.behaviour, self.preset.proposals, self.seed, workers=self.workers)
+    found = Proposals(self.path/"proposals").table()
     self.note()
     distinct = found["index"].map(max) + 1
-    return dict(states=len(found), candidates=self.preset.proposals.n, distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
+    return dict(states=len(found), candidates=len(found["actions"][0]), distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
 
-# %% ../nbs/65_pipeline.ipynb #65-040
+# %% ../nbs/65_pipeline.ipynb #65-045
 @patch
 def bookmark(self:Experiment,
     name:str, # of a training stage
@@ -447,11 +506,12 @@ def result(self:Experiment,
     self.note()
     return read_json(path)
 
-# %% ../nbs/65_pipeline.ipynb #65-043
+# %% ../nbs/65_pipeline.ipynb #65-048
 @patch
 def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     "Teach the VLM which actions change the screen."
     self.require("episodes")
+    if self.has("embeddings"): return {} # f(s, a) came with the episodes
     cfg = self.preset.representation
     def make(path):
         vlm = VLM.load(cfg.model, cfg.side, cfg.dtype, self.preset.device)
@@ -471,7 +531,7 @@ def embedder(self:Experiment) -> HFEmbedder:
     with readable(self.path/"checkpoints"/"representation") as path:
         return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-045
+# %% ../nbs/65_pipeline.ipynb #65-051
 def different(
     found:Embeddings,
     batch:int=4096, # rows read at a time
@@ -485,6 +545,7 @@ def different(
 @patch
 def embed(self:Experiment) -> dict: # counts
     "Store f(s, a) for all candidates."
+    if self.has("embeddings"): return self.take_over("embeddings")
     self.require("proposals", "representation")
     with self.stage("embeddings", {}) as stage:
         if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers, stage.save)
@@ -493,7 +554,7 @@ def embed(self:Experiment) -> dict: # counts
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-047
+# %% ../nbs/65_pipeline.ipynb #65-053
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -504,17 +565,17 @@ def tokenizer(self:Experiment):
 def transitions(self:Experiment) -> training.Transitions:
     "The data of the critic, read once."
     self.require("screens", "proposals", "embeddings")
-    if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.eyes.dim)
+    if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-048
+# %% ../nbs/65_pipeline.ipynb #65-054
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
 ) -> dict: # last losses, and their history
     "Train a critic by temporal differences."
     name = "critic" if representation else "critic_without_representation"
-    cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation)
+    cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation, reference=self.preset.reference)
     def make(path):
         critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, history=self.log(name), bookmark=self.bookmark(name))
         critic.save(path)
@@ -522,7 +583,7 @@ def train_critic(self:Experiment,
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-049
+# %% ../nbs/65_pipeline.ipynb #65-055
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -544,7 +605,7 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-051
+# %% ../nbs/65_pipeline.ipynb #65-057
 def read_scores(
     path:Path, # scores.parquet
 ) -> Scores:
@@ -572,7 +633,7 @@ def score(self:Experiment) -> Scores:
     team.wait()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-052
+# %% ../nbs/65_pipeline.ipynb #65-058
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -586,12 +647,12 @@ def train_policy(self:Experiment,
         table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
         prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, self.preset.actor, self.seed, name, history=self.log(name), bookmark=self.bookmark(name))
+        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, replace(self.preset.actor, reference=self.preset.reference), self.seed, name, history=self.log(name), bookmark=self.bookmark(name))
         policy.save(path)
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-054
+# %% ../nbs/65_pipeline.ipynb #65-060
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -630,7 +691,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-056
+# %% ../nbs/65_pipeline.ipynb #65-062
 @patch
 def judge_agreement(self:Experiment,
     cfg:JudgeSettings, # whom to ask
@@ -652,7 +713,7 @@ def judge_agreement(self:Experiment,
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
     return table
 
-# %% ../nbs/65_pipeline.ipynb #65-058
+# %% ../nbs/65_pipeline.ipynb #65-064
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -676,7 +737,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-059
+# %% ../nbs/65_pipeline.ipynb #65-065
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -706,7 +767,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-063
+# %% ../nbs/65_pipeline.ipynb #65-069
 def relative(
     q:np.ndarray, # values of actions, float [n]
     v:float, # value of the state
@@ -729,7 +790,7 @@ def free_spot(
         taken.append(box)
         return cx, cy
 
-# %% ../nbs/65_pipeline.ipynb #65-065
+# %% ../nbs/65_pipeline.ipynb #65-071
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -756,7 +817,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {text}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-066
+# %% ../nbs/65_pipeline.ipynb #65-072
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -784,7 +845,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage, % of V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-067
+# %% ../nbs/65_pipeline.ipynb #65-073
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -803,7 +864,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-071
+# %% ../nbs/65_pipeline.ipynb #65-077
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches

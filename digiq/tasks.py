@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SYLLABLES', 'COLOURS', 'MATERIALS', 'MANNERS', 'NOUNS', 'OWN_NOUNS', 'WORDINGS', 'SIZES', 'Task', 'sites',
-           'queries', 'load']
+           'queries', 'level', 'from_file', 'overlap', 'load']
 
 # %% ../nbs/02_tasks.ipynb #02-003
-import random
+import random, re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
-from .core import DigiqError, derive_seed
+from .core import DataError, DigiqError, derive_seed
 
 # %% ../nbs/02_tasks.ipynb #02-005
 @dataclass(frozen=True)
@@ -103,12 +104,47 @@ def _webshop(split):
         tasks.append(Task(f"webshop-{split}-{i:04d}", goal, level, site, query, split))
     return tuple(tasks)
 
-# %% ../nbs/02_tasks.ipynb #02-019
+# %% ../nbs/02_tasks.ipynb #02-020
+def level(
+    goal:str, # in words
+) -> int: # 1 to 3
+    "How far a Web Shopping goal goes: to the site, to its search, to a result. Other goals are of level 1."
+    searched = re.search(r"\b(search|look (up|for)|find|results? for)\b", goal, re.IGNORECASE)
+    opened = re.search(r"\b(first|select|open the)\b.*\b(entry|result|item|product)\b", goal, re.IGNORECASE)
+    return 3 if searched and opened else 2 if searched else 1
+
+# %% ../nbs/02_tasks.ipynb #02-022
+def from_file(
+    path:str|Path, # e.g. "webshop_test.txt"
+    first:int=None, # only so many; 96 is the published way of evaluating
+) -> list: # of `Task`, one a line that is not empty
+    "The tasks of a published file. Raises `DataError` where there are none."
+    path = Path(path)
+    try: goals = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e: raise DataError(f"{path} is no readable task file: give one with a goal a line, named like webshop_test.txt ({e})") from None
+    goals = [g for g in goals if g][:first]
+    if not goals: raise DataError(f"{path} holds no goals: there must be one a line")
+    found = [re.search(r"\b[\w-]+(\.[\w-]+)*\.[a-z]{2,}\b", g) for g in goals]
+    return [Task(f"{path.stem}-{i:04d}", g, level(g), site[0] if site else "", "", path.stem.rpartition("_")[2]) for i, (g, site) in enumerate(zip(goals, found))]
+
+# %% ../nbs/02_tasks.ipynb #02-024
+def overlap(
+    train:list, # of `Task`
+    test:list, # of `Task`
+) -> list: # those of `test` whose goal is also one of `train`, but for spaces and capitals
+    "Tasks that are in both splits."
+    same = lambda t: " ".join(t.goal.lower().split())
+    known = {same(t) for t in train}
+    return [t for t in test if same(t) in known]
+
+# %% ../nbs/02_tasks.ipynb #02-025
 def load(
-    task_set:str, # "webshop"
+    task_set:str, # "webshop" for the built-in one; else the beginning of the paths of task files, e.g. "tasks/general" for tasks/general_train.txt
     split:str,    # "train", "val" or "test"
 ) -> list:        # of `Task`, always the same ones in the same order
     "The tasks of one split of a task set. Raises `DigiqError` for a set or a split that does not exist."
-    if task_set != "webshop": raise DigiqError(f"there is no task set {task_set!r}; use 'webshop'")
     if split not in SPLITS: raise DigiqError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
-    return list(_webshop(split))
+    if task_set == "webshop": return list(_webshop(split))
+    path = Path(f"{task_set}_{split}.txt")
+    if not path.is_file(): raise DigiqError(f"there is no task set {task_set!r}; use 'webshop', or the beginning of the path of a file like {path}")
+    return from_file(path)

@@ -80,13 +80,13 @@ class Transitions:
 
 # %% ../../nbs/52_training.ipynb #52-009
 def cells(
-    features:np.ndarray, # patch features of square pictures, float16 [n, side*side, d]
+    features:np.ndarray, # patch features of square pictures, float16 or float32 [n, side*side, d]
     shape:tuple[int, int] # rows and columns to keep
-) -> np.ndarray: # float16 [n, rows*cols*d]
+) -> np.ndarray: # as it came, [n, rows*cols*d]
     "Average patches over cells; one patch (a pooled feature) stays as it is"
     side, d = int(features.shape[1]**.5), features.shape[2]
     grid = torch.from_numpy(features.reshape(-1, side, side, d)).float().permute(0, 3, 1, 2)
-    return torch.nn.functional.adaptive_avg_pool2d(grid, shape).permute(0, 2, 3, 1).flatten(1).half().numpy()
+    return torch.nn.functional.adaptive_avg_pool2d(grid, shape).permute(0, 2, 3, 1).flatten(1).numpy().astype(features.dtype)
 
 # %% ../../nbs/52_training.ipynb #52-011
 def _kind_text(action): # what the critic reads of an action
@@ -281,6 +281,14 @@ def _split(episode, share, seed): # steps to train on, steps held out, by whole 
     held = np.random.default_rng(derive_seed(seed, "held out")).permutation(names)[:int(share*len(names))]
     return np.flatnonzero(~np.isin(episode, held)), np.flatnonzero(np.isin(episode, held))
 
+def _last_fifth(episode): # the same, as the published code splits
+    names = np.unique(episode)
+    return np.flatnonzero(~np.isin(episode, names[int(.8*len(names)):])), np.flatnonzero(np.isin(episode, names[int(.8*len(names)):]))
+
+def _schedule(opt, cfg): # a short rise, then down to zero; steady where the published code is followed
+    if cfg.reference: return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.)
+    return torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps//cfg.accumulate + 1, pct_start=.05)
+
 def _held_out_loss(critic, target, data, steps, drawn):
     critic.eval()
     with torch.no_grad(): q, v = critic.losses(target, data.minibatch(steps, critic.cfg, drawn, critic.texts.device))
@@ -308,7 +316,7 @@ def new_critic(
     critic = Critic(cfg, data.texts.tokens(tokenizer, cfg.pretrained_text).to(device), len(tokenizer), data.screen.shape[1], data.reps[np.zeros(1, int)].shape[1], encoder).to(device)
     some, pairs = rng.integers(len(data), size=4096), rng.integers(len(data.pair_rep), size=4096)
     happened = np.where(data.togo >= 0, cfg.gamma**np.maximum(data.togo, 0), 0)
-    critic.prepare(data.states(some, device)["screens"], data.actions(pairs, device)["rep"], happened.mean())
+    if not cfg.reference: critic.prepare(data.states(some, device)["screens"], data.actions(pairs, device)["rep"], happened.mean())
     if cfg.compile and cfg.pretrained_text:
         for e in critic.encoders(): e.model.compile(dynamic=True)
     return critic.compute_in(cfg.precision)
@@ -331,10 +339,11 @@ def fit_critic(
     seed_all(seed, "critic")
     rng = np.random.default_rng(derive_seed(seed, "critic"))
     critic = new_critic(data, cfg, tokenizer, rng, team.device, encoder)
-    target, weights = critic.target(), [p for p in critic.parameters() if p.requires_grad]
+    target = (new_critic(data, cfg, tokenizer, rng, team.device, encoder) if cfg.reference else critic).target()
+    weights = [p for p in critic.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps//cfg.accumulate + 1, pct_start=.05)
-    train, held = _split(data.episode, held_out, seed)
+    schedule = _schedule(opt, cfg)
+    train, held = _last_fifth(data.episode) if cfg.reference else _split(data.episode, held_out, seed)
     train, held = train[data.recorded[train] >= 0], held[data.recorded[held] >= 0][:1024]
     if len(train) < cfg.batch: raise DataError(f"{len(train)} steps are too few for minibatches of {cfg.batch}: collect more episodes")
     if team.place: seed_all(seed, "critic", team.place) # dropout is each process's own
@@ -385,6 +394,7 @@ class ActorConfig:
     save_every: int = 0        # minibatches between bookmarks, from which a training that was cut off goes on; 0 for none
     clip: float = 1.0          # largest norm of the gradient
     weight_decay: float = 0.01 # decoupled, AdamW
+    reference: bool = False    # as the published code trains: probabilities of tokens held between 0.001 and 0.99, steady learning rate
 
     def __post_init__(self):
         if self.save_every % self.accumulate: raise ConfigError(f"actor.save_every is {self.save_every}: choose a multiple of actor.accumulate ({self.accumulate})")
@@ -425,7 +435,7 @@ def fit_policy(
     policy.model.train().to(team.device)
     parameters = list(policy.model.parameters())
     opt = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, cfg.lr, total_steps=cfg.steps//cfg.accumulate + 1, pct_start=.05)
+    schedule = _schedule(opt, cfg)
     mark = Bookmark(bookmark, cfg.save_every, dict(policy=policy.model), opt, schedule, team, seed)
     done, past = mark.resume()
     history = [] if history is None else history
@@ -437,7 +447,7 @@ def fit_policy(
         for part in alike([len(prompts[scores.state[i]]) for i in rows[k]]):
             r = rows[k[part]]
             t = scores.state[r]
-            logp = policy.log_prob([prompts[i] for i in t], _screens(policy, features, data.here[t]), scores.action[r].tolist())
+            logp = policy.log_prob([prompts[i] for i in t], _screens(policy, features, data.here[t]), scores.action[r].tolist(), (.001, .99) if cfg.reference else (0., 1.))
             share = -(torch.as_tensor(w[k[part]], device=logp.device)*logp).sum()/len(k)
             (share/cfg.accumulate).backward()
             loss += share.detach()
