@@ -301,7 +301,7 @@ def test_a_run_that_is_being_written(tmp_path):
             time.sleep(.02)
         explorer = TrajectoryExplorer(tmp_path/"run")
         early = len(explorer.rows)
-        assert 0 < early < 40 and "episodes is still being written" in explorer.note and "critic has not been run" in explorer.note
+        assert 0 < early < 40 and "episodes is still being written" in explorer.note and "no finished stage critic" in explorer.note
         assert ActionExplorer(explorer.run).state["rows"]
         log, seen = tmp_path/"run"/"logs"/"representation.jsonl", set()
         while writer.poll() is None: # the curve grows

@@ -75,7 +75,7 @@ def lacks(self:RunView) -> dict[str, str]: # stage: what that means
     for name, meaning in MEANING.items():
         record = self.path/"stages"/f"{name}.json"
         begun = record.exists()
-        if not (begun and read_json(record)["done"]): out[name] = f"{name} {'is still being written' if begun else 'has not been run'}: {meaning}"
+        if not (begun and read_json(record)["done"]): out[name] = f"{name} has not been run: {meaning}" if not begun else f"{name} is still being written: {'refresh to see more' if name == 'episodes' else meaning}"
     return out
 
 @patch
