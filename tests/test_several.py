@@ -89,8 +89,9 @@ def test_two_processes_equal_one(two, what, alone):
         found, theirs = told[what]
         assert len(found) == len(history)
         for a, b in zip(found, history): assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5*max(1, abs(b[k])) for k in a), (a, b)
-        if what == "critic": # Adam makes whole steps of gradients that are nothing but rounding, as those of attention to a single patch are
-            for k, w in weights.items(): assert torch.allclose(theirs[k], w, atol=1e-5), k
+        if what == "critic": # 12 updates of 1e-2; the order of a minibatch's rows alone makes 6e-6, by rounding
+            away = {k: (theirs[k] - w).abs().max().item() for k, w in weights.items() if w.numel()}
+            assert max(away.values()) < 1e-4, away
 
 
 class Cut(Exception):
