@@ -258,6 +258,7 @@ async def run_notebook(url, view, name, width):
         await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
+        await page.wait_for_selector(".dq >> nth=6", state="attached")
         found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.getAttribute('aria-label'))")
         assert found == ["Trajectory explorer", "Action explorer", "Field of Q", "Live phone", "Compare agents", "Diagnostics", "Action explorer"]
         assert await it.part("Action explorer").nth(1).locator("tbody tr").count() == 64
