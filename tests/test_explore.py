@@ -251,10 +251,10 @@ ActionExplorer(run, set=[s for s in run.sets() if s.startswith("evaluations")][0
 
 async def run_notebook(url, view, name, width):
     e = long_pair(view)
-    async with show(url, name, width, 9000) as it: # cells that are out of sight are not drawn
+    async with show(url, name, width, 14000) as it: # cells that are out of sight are not drawn
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
-        await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
         await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
