@@ -374,6 +374,7 @@ def share(
                 finished()
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") # threads of tokenizers would warn of the fork
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None): trim(0) # what training left free: each copy would carry it again
     waiting, busy = deque(items), {}
     try:
         while waiting or busy:

@@ -33,8 +33,10 @@ from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_s
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
-from .embed.base import embed_run
+from .embed.base import Embedder, embed_run
 from .embed.hf import HFEmbedder
+from .embed.http import HTTPEmbedder
+from .embed.vllm import VLLMEmbedder, export
 from .env import DeviceEnv
 from .extraction import ExtractionConfig, Scores
 from .fleet import collect_fleet
@@ -51,7 +53,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
-    episodes:int=560 # how many
+    episodes:int=480 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
     recorded:str="" # directory of episodes that `digiq.released.convert` took over, with what they have of candidates and embeddings; then nothing is played
@@ -60,6 +62,12 @@ class CollectionConfig:
 class EmbeddingConfig:
     "Storing f(s, a)"
     states:int=256 # a file; what a killed run loses is at most this
+    engine:str="transformers" # who computes: "transformers" or "vllm" in this process, or "http", servers
+    servers:tuple[str, ...]=() # of the engine "http", e.g. http://127.0.0.1:8000; their token is in the environment, DIGIQ_EMBED_TOKEN
+
+    def __post_init__(self):
+        if self.engine not in ("transformers", "vllm", "http"): raise ConfigError(f"embedding.engine is {self.engine!r}: choose transformers, vllm or http")
+        if (self.engine == "http") != bool(self.servers): raise ConfigError("embedding.engine http and embedding.servers go together: give both or neither")
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -70,7 +78,7 @@ class EvaluationConfig:
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=5 # samples that re-ranking chooses from
+    rerank:int=4 # samples that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 
@@ -258,6 +266,7 @@ def settings(self:Experiment,
     "Every setting that the result of a stage depends on."
     found = to_dict(self.preset) | {"policy": fingerprint(self.preset.policy), "eyes": fingerprint(self.preset.eyes)}
     found["representation"] = found["representation"] | {"model": fingerprint(self.preset.representation.model)}
+    found["embedding"].pop("servers") # which of them computes does not matter
     return {k: found[k] for k in lineage(stage)} | played_on(found["devices"]) | {"seed": self.seed}
 
 def played_on(devices): # what rewards and screens depend on: not the cable, nor a limit or budget
@@ -525,11 +534,15 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     return report
 
 @patch
-def embedder(self:Experiment) -> HFEmbedder:
-    "The fine-tuned VLM."
+def embedder(self:Experiment) -> Embedder:
+    "The fine-tuned VLM, run by the preset's engine. What vLLM loads is checkpoints/representation.vllm."
     self.require("representation")
+    cfg, how = self.preset.representation, self.preset.embedding
     with readable(self.path/"checkpoints"/"representation") as path:
-        return HFEmbedder.load(str(path), self.preset.representation, self.preset.device)
+        if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device)
+        renamed = path.with_name("representation.vllm")
+        if not renamed.exists(): export(path, renamed)
+        return HTTPEmbedder(list(how.servers), renamed, cfg, token=os.environ.get("DIGIQ_EMBED_TOKEN", "")) if how.engine == "http" else VLLMEmbedder(renamed, cfg)
 
 # %% ../nbs/65_pipeline.ipynb #65-051
 def different(
@@ -548,7 +561,7 @@ def embed(self:Experiment) -> dict: # counts
     if self.has("embeddings"): return self.take_over("embeddings")
     self.require("proposals", "representation")
     with self.stage("embeddings", {}) as stage:
-        if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers, stage.save)
+        if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers if self.preset.embedding.engine == "transformers" else 1, stage.save)
         found = Embeddings(self.path/"embeddings")
         stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=different(found), width=found[np.zeros(1, int)].shape[1])
     self.note()

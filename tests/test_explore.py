@@ -245,8 +245,9 @@ MANY = """import numpy as np
 from digiq.actions import press, render, swipe, tap, type_text
 rng = np.random.default_rng(0)
 many = [tap(*rng.random(2)) for _ in range(52)] + [swipe(*rng.random(4)) for _ in range(8)] + [press("back"), press("home"), type_text("<b>lamp</b>"), type_text("a long text " * 9)]
-run.proposed = lambda *where: [*map(render, many)]
-ActionExplorer(run, set=[s for s in run.sets() if s.startswith("evaluations")][0])"""
+other = RunView(run.path) # of its own: what it proposes is nothing to the other explorers
+other.proposed = lambda *where: [*map(render, many)]
+ActionExplorer(other, set=[s for s in other.sets() if s.startswith("evaluations")][0])"""
 
 
 async def run_notebook(url, view, name, width):

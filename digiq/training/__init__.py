@@ -388,7 +388,7 @@ def _chunks(n, size): return [np.arange(i, min(i + size, n)) for i in range(0, n
 class ActorConfig:
     "Weighted imitation"
     lr: float = 3e-4           # Adam's learning rate, cosine to zero
-    steps: int = 600           # minibatches
+    steps: int = 400           # minibatches
     batch: int = 32            # states a minibatch, of all processes together
     accumulate: int = 1        # minibatches an update of the weights
     save_every: int = 0        # minibatches between bookmarks, from which a training that was cut off goes on; 0 for none
