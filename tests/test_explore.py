@@ -256,8 +256,11 @@ async def run_notebook(url, view, name, width):
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
         await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-        await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
-        await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+        for _ in range(12): # JupyterLab says idle before it is connected to the kernel, and then runs nothing
+            await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+            await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+            try: await page.wait_for_function(r"[...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[[*\d]/.test(e.textContent))", timeout=10_000); break
+            except Exception: pass
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
         await page.wait_for_selector(".dq >> nth=6", state="attached")
         found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.getAttribute('aria-label'))")
