@@ -35,6 +35,7 @@ def supported(
     support:float # power of the count, tau; 0 orders by Q alone
 ) -> np.ndarray: # float [n], higher is better
     "log Q + tau log count: an order of candidates that trusts Q less where the behaviour policy hardly ever goes"
+    if not support: return q # which may be negative, where a critic regresses
     return np.where(q == -np.inf, -np.inf, np.log(np.maximum(q, 1e-6)) + support*np.log(count)) # -inf: no action at all
 
 def best(
