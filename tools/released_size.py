@@ -5,7 +5,7 @@
 Prints JSON: seconds of each part and the most memory that was resident, in GB. FOLDER takes 14 GB at the released
 size; delete it afterwards.
 """
-import argparse, json, resource, time
+import argparse, json, re, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,10 @@ def write(
         parts["embeddings"].write_shard(i, pairs, rng.standard_normal((len(pairs), width), np.float32))
 
 
+def resident(): # GB at most so far; ru_maxrss would count the process that started this one, too
+    return round(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])/2**20, 2)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -57,7 +61,7 @@ def main():
     def note(name):
         nonlocal start
         seconds[name], start = round(time.perf_counter() - start, 1), time.perf_counter()
-        print(name, seconds[name], "s, resident", round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 2), "GB", flush=True)
+        print(name, seconds[name], "s, resident", resident(), "GB", flush=True)
     write(run, args.episodes, args.steps, args.proposals, args.width)
     note("write")
     data = load_transitions(run, (1, 1), SCREEN)
@@ -67,7 +71,7 @@ def main():
     scores = score(critic, data)
     note("score")
     print(json.dumps(dict(pairs=len(scores), finite=bool(np.isfinite(scores.q).all()), gb=round(sum(f.stat().st_size for f in run.path.rglob("*.npy"))/1e9, 2), seconds=seconds,
-        rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 2))))
+        rss_gb=resident())))
 
 
 if __name__ == "__main__": main()
