@@ -251,6 +251,7 @@ ActionExplorer(other, set=[s for s in other.sets() if s.startswith("evaluations"
 
 
 async def run_notebook(url, view, name, width):
+    from playwright.async_api import TimeoutError
     e = long_pair(view)
     async with show(url, name, width, 14000) as it: # cells that are out of sight are not drawn
         page = it.page
@@ -260,7 +261,7 @@ async def run_notebook(url, view, name, width):
             await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
             await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
             try: await page.wait_for_function(r"[...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[[*\d]/.test(e.textContent))", timeout=10_000); break
-            except Exception: pass
+            except TimeoutError: pass
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
         await page.wait_for_selector(".dq >> nth=6", state="attached")
         found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.getAttribute('aria-label'))")
