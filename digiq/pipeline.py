@@ -544,7 +544,7 @@ def embedder(self:Experiment) -> Embedder:
         if not renamed.exists(): export(path, renamed)
         return HTTPEmbedder(list(how.servers), renamed, cfg, token=os.environ.get("DIGIQ_EMBED_TOKEN", "")) if how.engine == "http" else VLLMEmbedder(renamed, cfg)
 
-# %% ../nbs/65_pipeline.ipynb #65-051
+# %% ../nbs/65_pipeline.ipynb #65-050
 def different(
     found:Embeddings,
     batch:int=4096, # rows read at a time
@@ -567,7 +567,7 @@ def embed(self:Experiment) -> dict: # counts
     self.note()
     return stage.counts
 
-# %% ../nbs/65_pipeline.ipynb #65-053
+# %% ../nbs/65_pipeline.ipynb #65-052
 @patch(as_prop=True)
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
@@ -581,7 +581,7 @@ def transitions(self:Experiment) -> training.Transitions:
     if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
     return self._transitions
 
-# %% ../nbs/65_pipeline.ipynb #65-054
+# %% ../nbs/65_pipeline.ipynb #65-053
 @patch
 def train_critic(self:Experiment,
     representation:bool=True, # False: the same critic without f(s, a)
@@ -596,7 +596,7 @@ def train_critic(self:Experiment,
     self.require("embeddings")
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-055
+# %% ../nbs/65_pipeline.ipynb #65-054
 @patch
 def load_critic(self:Experiment,
     name:str="critic", # or "critic_without_representation"
@@ -618,7 +618,7 @@ def scorer(self:Experiment,
     critic = self.load_critic(name)
     return Scorer(critic, self.tokenizer, self.eyes, self.embedder() if critic.cfg.representation else Nothing(), self.preset.device)
 
-# %% ../nbs/65_pipeline.ipynb #65-057
+# %% ../nbs/65_pipeline.ipynb #65-056
 def read_scores(
     path:Path, # scores.parquet
 ) -> Scores:
@@ -646,7 +646,7 @@ def score(self:Experiment) -> Scores:
     team.wait()
     return scores
 
-# %% ../nbs/65_pipeline.ipynb #65-058
+# %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -665,7 +665,7 @@ def train_policy(self:Experiment,
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
-# %% ../nbs/65_pipeline.ipynb #65-060
+# %% ../nbs/65_pipeline.ipynb #65-059
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -704,7 +704,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-062
+# %% ../nbs/65_pipeline.ipynb #65-061
 @patch
 def judge_agreement(self:Experiment,
     cfg:JudgeSettings, # whom to ask
@@ -726,7 +726,7 @@ def judge_agreement(self:Experiment,
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
     return table
 
-# %% ../nbs/65_pipeline.ipynb #65-064
+# %% ../nbs/65_pipeline.ipynb #65-063
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -750,7 +750,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-065
+# %% ../nbs/65_pipeline.ipynb #65-064
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -780,7 +780,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-069
+# %% ../nbs/65_pipeline.ipynb #65-068
 def relative(
     q:np.ndarray, # values of actions, float [n]
     v:float, # value of the state
@@ -803,7 +803,7 @@ def free_spot(
         taken.append(box)
         return cx, cy
 
-# %% ../nbs/65_pipeline.ipynb #65-071
+# %% ../nbs/65_pipeline.ipynb #65-070
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -811,15 +811,15 @@ def draw_candidates(
     actions:list[str], # valid candidates
     q:np.ndarray, # of each, float [candidates]
     v:float, # of the state
-    colours, # a ScalarMappable for relative advantages
+    colours, # a ScalarMappable for advantages in per cent of `v`
 ):
     "A screen with its candidate actions and what the critic thinks of them."
     w, h = screen.size
     ax.imshow(screen); ax.set_xlim(0, w); ax.set_ylim(h, 0); ax.set_xticks([]); ax.set_yticks([])
     ax.set_title("\n".join(textwrap.wrap(title, 26)[:3]) + f"\nV = {v:.2g}", fontsize=8)
-    words, boxes, gain = [], [], relative(q, v)
+    words, boxes, gain = [], [], 100*relative(q, v)
     for rank, i in enumerate(np.argsort(-q)):
-        a, colour, text = parse(actions[i]), colours.to_rgba(gain[i]), f"{100*gain[i]:+.0f}%".replace("-", "−")
+        a, colour, text = parse(actions[i]), colours.to_rgba(gain[i]), f"{gain[i]:+.0f}%".replace("-", "−")
         y, x = a.touch
         if a.is_swipe: ax.annotate("", (a.lift[1]*w, a.lift[0]*h), (x*w, y*h), arrowprops=dict(arrowstyle="simple,tail_width=.3,head_width=.9", fc=colour, ec="#222222" if rank else "black", lw=.8 if rank else 2, mutation_scale=14, shrinkA=0, shrinkB=0))
         if a.is_tap and rank == 0: ax.scatter(x*w, y*h, s=150, color="white", edgecolors="black", linewidths=2, zorder=8)
@@ -830,7 +830,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {text}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-072
+# %% ../nbs/65_pipeline.ipynb #65-071
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -858,7 +858,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage, % of V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-073
+# %% ../nbs/65_pipeline.ipynb #65-072
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -877,7 +877,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-077
+# %% ../nbs/65_pipeline.ipynb #65-078
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches
