@@ -376,8 +376,9 @@ def score(
 ) -> Scores: # a row a distinct valid candidate
     "Q and V of every candidate of every state"
     n = len(data.pair_step)
-    q = np.concatenate([critic.combine(critic.q(dict(data.states(data.pair_step[p], device), **data.actions(p, device)))).cpu().numpy() for p in _chunks(n, batch)])
-    v = np.concatenate([critic.combine(critic.v(data.states(t, device))).cpu().numpy() for t in _chunks(len(data), batch)])
+    q, v = np.empty(n, np.float32), np.empty(len(data), np.float32) # at once: results kept one by one between big buffers fragment the heap, 4 GB of it at the released size
+    for p in _chunks(n, batch): q[p] = critic.combine(critic.q(dict(data.states(data.pair_step[p], device), **data.actions(p, device)))).cpu().numpy()
+    for t in _chunks(len(data), batch): v[t] = critic.combine(critic.v(data.states(t, device))).cpu().numpy()
     return Scores(state=data.pair_step, action=data.pair_action, count=data.pair_count, recorded=data.recorded[data.pair_step] == np.arange(n),
         valid=np.ones(n, bool), success=data.togo[data.pair_step] >= 0, q=q, v=v[data.pair_step])
 
