@@ -6,7 +6,6 @@ Prints JSON: seconds of each part and the most memory that was resident, in GB. 
 size; delete it afterwards.
 """
 import argparse, json, re, time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
