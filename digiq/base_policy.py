@@ -21,7 +21,7 @@ from .core import Run, derive_seed, progress, seed_all, to_dict
 from .env import DeviceEnv, prompt
 from .phone import SimPhone, oracle
 from .policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
-from .representation import cosine
+from .finetuning import cosine
 from .rollout import Rollout, collect
 
 # %% ../nbs/46_base_policy.ipynb #46-004

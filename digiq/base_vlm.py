@@ -23,7 +23,8 @@ from . import tasks as T
 from .core import derive_seed, progress
 from .env import perform
 from .phone import SimPhone, oracle
-from .representation import VLM, cosine, mark, prompt, question, squash
+from .finetuning import cosine
+from .representation import VLM, mark, prompt, question, squash
 
 # %% ../nbs/45_base_vlm.ipynb #45-006
 @dataclass(frozen=True)

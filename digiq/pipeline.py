@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from . import __file__ as package, __version__
-from . import evaluation, extraction, proposals, representation, rollout, tasks, training
+from . import evaluation, extraction, finetuning, proposals, rollout, tasks, training
 from .actions import in_words, is_valid, parse
 from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, to_dict, write_json
 from .critic import Critic, CriticConfig
@@ -44,7 +44,7 @@ from .judges import Judge, JudgeSettings, confusion, kappa
 from .phone import SimPhone
 from .policy import ImageEncoder, Policy
 from .proposals import ProposalConfig
-from .representation import VLM, RepresentationConfig, model_path
+from .representation import RepresentationConfig, model_path
 from .rollout import Rollout
 from .scoring import Reranker, Scorer
 from .training import ActorConfig
@@ -491,9 +491,9 @@ def checkpoint(self:Experiment,
 @patch
 def log(self:Experiment,
     name:str, # of a stage that trains
-) -> Log: # logs/NAME.jsonl
+) -> list: # logs/NAME.jsonl
     "A learning curve that can be read while it grows."
-    return Log(self.path/"logs"/f"{name}.jsonl")
+    return [] if training.Team(self.preset.device).place else Log(self.path/"logs"/f"{name}.jsonl") # the first process writes
 
 @contextmanager
 def readable(
@@ -523,11 +523,9 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     if self.has("embeddings"): return {} # f(s, a) came with the episodes
     cfg = self.preset.representation
     def make(path):
-        vlm = VLM.load(cfg.model, cfg.side, cfg.dtype, self.preset.device)
-        expected = vlm.model.config.vision_config.image_size
-        if expected != cfg.side: raise DigiqError(f"VLM {cfg.model!r} reads pictures of {expected} pixels, but representation.side is {cfg.side}: set it to {expected}")
-        report = representation.finetune(vlm, representation.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed, self.log("representation"))
-        vlm.save(path)
+        vlm = finetuning.load_for_finetuning(cfg)
+        report = finetuning.finetune(vlm, finetuning.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed, self.log("representation"), self.preset.device)
+        if vlm.model: vlm.save(path)
         return report
     report = self.checkpoint("representation", make)
     self.update_metrics(representation={k: report[k] for k in ("auc_before", "auc_after", "changed") if report[k] == report[k]}) # no AUC where the held-out steps are all alike

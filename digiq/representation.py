@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARK', 'RepresentationConfig', 'difference', 'squash', 'mark', 'plain', 'question', 'prompt', 'model_path', 'VLM',
-           'Packed', 'Examples', 'effect_examples', 'check_balance', 'auc', 'effect_scores', 'heldout', 'cosine',
-           'finetune']
+           'Packed']
 
 # %% ../nbs/42_representation.ipynb #42-002
-import math, re
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +16,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageDraw
-from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
-from .actions import Action, in_words, is_valid, parse
-from .core import ConfigError, DigiqError, atomic, derive_seed, progress
-from .data import EpisodeStore
+from .actions import Action, in_words
+from .core import ConfigError, DigiqError, atomic
 
 # %% ../nbs/42_representation.ipynb #42-007
 @dataclass(frozen=True)
@@ -30,7 +27,9 @@ class RepresentationConfig:
     "The VLM, its yes/no fine-tuning, and what is read out of it"
     model: str = "tiny-vlm"         # a built-in model's name, a directory, or a hub id such as llava-hf/llava-1.5-7b-hf
     side: int = 160                 # the whole screen is squashed to side x side pixels; what the model's image processor expects
-    dtype: str = "float32"          # of weights in fine-tuning: "float32" or "bfloat16"
+    dtype: str = "float32"          # of the arithmetic in fine-tuning, and of the weights that come out: "float32" or "bfloat16"
+    lora: int = 0                   # rank of low-rank adapters, which are trained in the place of all weights; 0 for none
+    recompute: bool = False         # compute activations again in the backward pass instead of keeping them: less memory, a third more time
     embed_dtype: str = "bfloat16"   # of weights when embedding; bfloat16 is faster where the processor knows it
     effect_threshold: float = 30.   # mean squared difference (0-255 scale, quarter size) above which a screen has changed
     examples: int = 1600            # at most so many recorded steps are used
@@ -151,11 +150,14 @@ class VLM:
         dtype:str="float32", # of the weights
         device:str="cpu", # where to compute
     ) -> "VLM":
-        "Read a model. Raises `DigiqError` where there is none."
+        "Read a model. Raises `DigiqError` where there is none, `ConfigError` where it reads pictures of another size."
         path = model_path(name)
         try: model, processor = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
         except OSError as e: raise DigiqError(f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a hub id ({str(e).splitlines()[0]})") from None
-        return cls(model.to(device).eval(), processor, side)
+        except ImportError as e: raise DigiqError(f"VLM {name!r} needs more than is installed here: {' '.join(str(e).split())[:200]}") from None
+        vlm = cls(model.to(device).eval(), processor, side)
+        if vlm.packs and (expected := model.config.vision_config.image_size) != side: raise ConfigError(f"VLM {name!r} reads pictures of {expected} pixels, but representation.side is {side}: set it to {expected}")
+        return vlm
 
 # %% ../nbs/42_representation.ipynb #42-028
 @patch
@@ -168,6 +170,12 @@ def save(self:VLM,
         self.processor.save_pretrained(p)
 
 # %% ../nbs/42_representation.ipynb #42-030
+@patch(as_prop=True)
+def packs(self:VLM) -> bool:
+    "Whether questions may share a picture: in LLaVA, a picture is one run of tokens at ordinary positions."
+    return isinstance(self.processor, LlavaProcessor)
+
+# %% ../nbs/42_representation.ipynb #42-031
 @patch(as_prop=True)
 def head(self:VLM) -> list[int]:
     "The tokens up to the end of the picture."
@@ -182,7 +190,7 @@ def tail(self:VLM, question, answer="") -> list[int]:
     text = prompt(question, answer).removeprefix("USER: ")
     return self.tokens(text)[1:]
 
-# %% ../nbs/42_representation.ipynb #42-031
+# %% ../nbs/42_representation.ipynb #42-032
 @patch
 def pixels(self:VLM,
     pictures:list[Image.Image], # RGB, side x side
@@ -193,22 +201,23 @@ def pixels(self:VLM,
     mean, std = (torch.tensor(v, device=x.device) for v in (p.image_mean, p.image_std))
     return x.mul_((p.rescale_factor / std).to(x.dtype)).sub_((mean / std).to(x.dtype)).permute(0, 3, 1, 2)
 
-# %% ../nbs/42_representation.ipynb #42-032
+# %% ../nbs/42_representation.ipynb #42-033
 @dataclass
 class Packed:
     "A batch: pictures, each with its questions"
     inputs:dict # for the model
     places:torch.Tensor # int [questions, 2], row and column of the token that predicts each answer, in order
-    labels:torch.Tensor # int [rows, length], answer tokens moved to the token that predicts them, -100 elsewhere
+    labels:torch.Tensor=None # int [rows, length], answer tokens moved to the token that predicts them, -100 elsewhere
 
-# %% ../nbs/42_representation.ipynb #42-033
+# %% ../nbs/42_representation.ipynb #42-034
 @patch
 def pack(self:VLM,
     pictures:list[Image.Image], # RGB, side x side
     questions:list[list[str]], # for each picture
-    answers:list[list[str]]=None, # for each question, in training
+    answers:list[list[str]]=None, # for each question, when a LLaVA is trained to give them
 ) -> Packed:
-    "Lay the questions about each picture side by side, unseen by one another."
+    "Lay the questions about each picture side by side, unseen by one another; each in a row of its own where the model does not allow that."
+    if not self.packs: return self._apart(pictures, questions)
     rows = [self._row(q, answers[i] if answers else [""] * len(q)) for i, q in enumerate(questions)]
     length = max(len(r["ids"]) for r in rows)
     padded = lambda key, value: torch.tensor([r[key] + [value] * (length - len(r[key])) for r in rows])
@@ -219,7 +228,7 @@ def pack(self:VLM,
     places = torch.tensor([(i, c) for i, r in enumerate(rows) for c in r["places"]])
     return Packed(inputs, places, padded("labels", -100).to(self.model.device))
 
-# %% ../nbs/42_representation.ipynb #42-034
+# %% ../nbs/42_representation.ipynb #42-035
 @patch
 def _row(self:VLM, questions, answers):
     n = len(self.head)
@@ -234,7 +243,7 @@ def _row(self:VLM, questions, answers):
         row["labels"] += [-100] * (len(ask) - 1) + ids[len(ask):] + [-100]
     return row
 
-# %% ../nbs/42_representation.ipynb #42-035
+# %% ../nbs/42_representation.ipynb #42-036
 @patch
 def states(self:VLM,
     batch:Packed, # of n questions
@@ -246,136 +255,35 @@ def states(self:VLM,
     row, column = batch.places.unbind(1)
     return torch.cat([h[row, column] for h in hidden], -1)
 
-# %% ../nbs/42_representation.ipynb #42-041
+# %% ../nbs/42_representation.ipynb #42-038
 @patch
-def answer_tokens(self:VLM,
-    answers:tuple[str, ...]=("No", "Yes"), # that differ in their first token
-) -> list[int]:
-    "The first token of each answer, as it stands after the colon."
-    n = len(self.tail("?"))
-    return [self.tail("?", a)[n] for a in answers]
+def text(self:VLM,
+    question:str,
+    answer:str="", # what follows
+) -> str:
+    "One question about one picture, in the form that the model was trained on."
+    if self.packs: return prompt(question, answer)
+    said = lambda who, *content: dict(role=who, content=list(content))
+    chat = [said("user", dict(type="image"), dict(type="text", text=question))] + [said("assistant", dict(type="text", text=answer))] * bool(answer)
+    return self.processor.apply_chat_template(chat, add_generation_prompt=not answer)
 
 @patch
-def effect_logits(self:VLM,
-    pictures:list[Image.Image], # RGB, side x side, unmarked
-    actions:list[Action], # one for each
-) -> torch.Tensor: # float [n, 2], of "No" and "Yes"
-    "What the model says to `does the screen change?`"
-    batch = self.pack([mark(p, a) for p, a in zip(pictures, actions)], [[question(a)] for a in actions])
-    weights = self.model.get_output_embeddings().weight[self.answer_tokens()]
-    return (self.states(batch) @ weights.T).float()
+def _processed(self:VLM, pictures, texts): return self.processor(images=[[p] for p in pictures], text=texts, padding=True, return_tensors="pt").to(self.model.device)
 
-# %% ../nbs/42_representation.ipynb #42-044
-@dataclass
-class Examples:
-    "Recorded steps with their effect"
-    pictures:np.ndarray # uint8 [n, side, side, 3], before the action
-    actions:list[Action] # n
-    changed:np.ndarray # bool [n]
-    episodes:np.ndarray # int [n]
+@patch
+def _apart(self:VLM, pictures, questions):
+    asked = [(p, self.text(q)) for p, some in zip(pictures, questions) for q in some]
+    inputs = dict(self._processed(*zip(*asked)))
+    inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    last = inputs["attention_mask"].flip(1).argmax(1) # padding behind the last token
+    return Packed(inputs, torch.stack([torch.arange(len(asked)), inputs["attention_mask"].shape[1] - 1 - last.cpu()], 1))
 
-    def __len__(self): return len(self.actions)
-    def take(self, rows): return Examples(self.pictures[rows], [self.actions[i] for i in rows], self.changed[rows], self.episodes[rows])
-
-# %% ../nbs/42_representation.ipynb #42-045
-def effect_examples(
-    store:EpisodeStore, # recorded episodes
-    config:RepresentationConfig,
-    seed:int=0, # of the choice of steps, where there are more than `config.examples`
-) -> Examples:
-    "Label recorded steps. Raises `DigiqError` where there are too few, or nearly all have the same label."
-    steps = store.episodes()
-    steps = steps[steps.action.map(is_valid)]
-    if len(steps) > config.examples: steps = steps.sample(config.examples, random_state=derive_seed(seed, "effect examples") % 2**32)
-    steps = steps.sort_values(["episode", "step"])
-    if steps.episode.nunique() < 2: raise DigiqError(f"{store} has {steps.episode.nunique()} episodes with valid actions, and the representation needs 2: collect more")
-    screen, pictures, changed = lru_cache(2)(store.screen), [], []
-    for episode, step in progress(list(zip(steps.episode, steps.step)), desc="label effects"):
-        before = screen(episode, step)
-        pictures.append(np.asarray(squash(before, config.side)))
-        changed.append(difference(before, screen(episode, step + 1)) > config.effect_threshold)
-    check_balance(np.array(changed), config)
-    return Examples(np.stack(pictures), [parse(a) for a in steps.action], np.array(changed), steps.episode.to_numpy())
-
-# %% ../nbs/42_representation.ipynb #42-047
-def check_balance(
-    changed:np.ndarray, # bool [n]
-    config:RepresentationConfig, # `rarest_class`
-) -> dict: # counts by class
-    "Count the classes. Raises `DigiqError` where one is rarer than `config.rarest_class`."
-    counts = {"changed": int(changed.sum()), "unchanged": int((~changed).sum())}
-    rare = min(counts, key=counts.get)
-    if counts[rare] < config.rarest_class * len(changed):
-        raise DigiqError(f"only {counts[rare]} of {len(changed)} recorded steps are {rare}: collect more varied episodes, or look at representation.effect_threshold ({config.effect_threshold})")
-    return counts
-
-# %% ../nbs/42_representation.ipynb #42-052
-def auc(
-    scores:np.ndarray, # float [n]
-    positive:np.ndarray, # bool [n]
-) -> float: # 0..1, 0.5 is chance
-    "Area under the ROC curve, by ranks. NaN where a class is absent."
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    p, n = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
-
-# %% ../nbs/42_representation.ipynb #42-055
-@torch.no_grad()
-def effect_scores(
-    vlm:VLM,
-    examples:Examples, # n
-    batch:int=64, # examples at a time
-) -> np.ndarray: # float [n], log-odds of "Yes"
-    "The model's answers to examples."
-    parts = [examples.take(range(i, min(i + batch, len(examples)))) for i in range(0, len(examples), batch)]
-    logits = torch.cat([vlm.effect_logits([Image.fromarray(p) for p in e.pictures], e.actions) for e in parts])
-    return (logits[:, 1] - logits[:, 0]).cpu().numpy()
-
-# %% ../nbs/42_representation.ipynb #42-056
-def heldout(
-    examples:Examples,
-    share:float, # of the episodes, 0..1
-    seed:int=0,
-) -> tuple[Examples, Examples]: # to train on, held out
-    "Split by episode: two steps of one episode look too much alike to be on both sides."
-    episodes = np.random.default_rng(derive_seed(seed, "heldout")).permutation(np.unique(examples.episodes))
-    out = np.isin(examples.episodes, episodes[:max(1, round(share * len(episodes)))])
-    return examples.take(np.flatnonzero(~out)), examples.take(np.flatnonzero(out))
-
-# %% ../nbs/42_representation.ipynb #42-057
-def cosine(
-    step:int, # from 0
-    steps:int, # in all
-    warmup:float, # share of the steps, 0..1
-) -> float: # factor of the learning rate, 0..1
-    "A rising line, then half a cosine."
-    first = max(1, round(warmup * steps))
-    return (step + 1) / first if step < first else (1 + math.cos(math.pi * (step - first) / (steps - first))) / 2
-
-# %% ../nbs/42_representation.ipynb #42-059
-def finetune(
-    vlm:VLM, # changed in place
-    examples:Examples, # see `effect_examples`
-    config:RepresentationConfig,
-    seed:int=0,
-    losses:list=None, # where the losses are put, e.g. a `Log`; a new list where None
-) -> dict: # auc_before, auc_after (on held-out episodes), changed (share of the examples), losses (list)
-    "Yes/no fine-tuning (paper, equation of section 4.1)."
-    train, test = heldout(examples, config.heldout, seed)
-    report = {"auc_before": auc(effect_scores(vlm, test), test.changed)}
-    torch.manual_seed(derive_seed(seed, "finetune"))
-    rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), [] if losses is None else losses
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, config.steps, config.warmup))
-    vlm.model.train()
-    for _ in progress(range(config.steps), desc="fine-tune VLM"):
-        part = train.take(rng.choice(len(train), config.batch))
-        logits = vlm.effect_logits([Image.fromarray(p) for p in part.pictures], part.actions)
-        loss = F.cross_entropy(logits, torch.tensor(part.changed, dtype=torch.long, device=logits.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), config.clip)
-        optimizer.step(); schedule.step(); optimizer.zero_grad()
-        losses.append(loss.item())
-    vlm.model.eval()
-    return report | {"auc_after": auc(effect_scores(vlm, test), test.changed), "changed": float(examples.changed.mean()), "losses": losses}
+# %% ../nbs/42_representation.ipynb #42-039
+@patch
+def length(self:VLM,
+    questions:list[str], # about one picture
+) -> int:
+    "How many tokens `pack` makes of them, padding not counted."
+    if self.packs: return len(self.head) + sum(len(self.tail(q)) for q in questions)
+    if not hasattr(self, "_blank"): self._blank = self._processed([Image.new("RGB", (self.side, self.side))], [self.text("")])["input_ids"].shape[1]
+    return sum(self._blank + len(self.tokens(q)) for q in questions)

@@ -12,7 +12,10 @@ from digiq import training
 from digiq.core import ConfigError, DataError, seed_all
 from digiq.critic import CriticConfig
 from digiq.extraction import Scores
+from digiq.families import random_vlm
+from digiq.finetuning import Examples, finetune
 from digiq.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
+from digiq.representation import RepresentationConfig
 from digiq.training import ActorConfig, Team, Texts, Transitions, fit_critic, fit_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +59,18 @@ def train_policy(cfg=ACTOR, bookmark=None, dropout=0.):
     return history, {k: v.clone() for k, v in model.state_dict().items()}
 
 
+def finetune_vlm(**cfg):
+    vlm, n = random_vlm("llava"), 40
+    changed = np.arange(n) % 2 == 0
+    pictures = np.where(changed[:, None], (200, 30, 30), (30, 30, 200)).astype(np.uint8)[:, None, None].repeat(vlm.side, 1).repeat(vlm.side, 2)
+    examples = Examples(pictures, [A.tap(*np.random.default_rng(i).random(2)) for i in range(n)], changed, np.arange(n) // 5)
+    report = finetune(vlm, examples, RepresentationConfig(**(dict(steps=8, batch=8, lr=1e-3) | cfg)))
+    return [dict(loss=x) for x in report["losses"]], vlm.model and vlm.model.state_dict()
+
+
 def one_of_several(folder):
     "What each process of a team does; the first one tells."
-    told = dict(critic=train_critic(), policy=train_policy())
+    told = dict(critic=train_critic(), policy=train_policy(), representation=finetune_vlm())
     team = Team()
     assert team.size == 2
     rows = team.accelerator.gather(torch.tensor(team.part(np.arange(8))))
@@ -82,7 +94,7 @@ def two(tmp_path_factory):
     return [torch.load(folder/f"{i}.pt", weights_only=True) for i in range(2)]
 
 
-@pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy)])
+@pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy), ("representation", finetune_vlm)])
 def test_two_processes_equal_one(two, what, alone):
     history, weights = alone()
     for told in two:

@@ -61,7 +61,7 @@ def batches(self:HFEmbedder,
     sheets:list[Sheet],
 ) -> list[list[Sheet]]:
     "Cut the sheets, longest first, into batches of at most `config.tokens` tokens, at most a fifth of a row padding."
-    length = {id(s): len(self.vlm.head) + sum(len(self.vlm.tail(q)) for q in s.places) for s in sheets}
+    length = {id(s): self.vlm.length(list(s.places)) for s in sheets}
     result, longest = [], 0
     for s in sorted(sheets, key=lambda s: -length[id(s)]):
         if not result or length[id(s)] < .8 * longest or longest * (len(result[-1]) + 1) > self.config.tokens:

@@ -57,7 +57,9 @@ class Asker:
     ):
         if tuple(config.layers) != (-1,): raise ConfigError(f"representation.layers is {list(config.layers)}: vLLM's pooling gives the last layer, so choose [-1], or embed with transformers")
         processor = AutoProcessor.from_pretrained(path)
-        self.config, self.vlm, self.image = config, VLM(None, processor, config.side), processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.config, self.vlm = config, VLM(None, processor, config.side)
+        if not self.vlm.packs: raise ConfigError(f"{path} is no LLaVA: embed other models with embedding.engine transformers")
+        self.image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self,
         pairs:list[tuple[Image.Image, str]], # screen, action string
