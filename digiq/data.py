@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EPISODE_COLUMNS', 'PROPOSAL_COLUMNS', 'EMBEDDING_COLUMNS', 'Shards', 'encode_screen', 'decode_screen', 'StateIndex',
-           'EpisodeStore', 'distinct', 'Proposals', 'Embeddings', 'PairIndex']
+           'EpisodeStore', 'distinct', 'Proposals', 'first_seen', 'Embeddings', 'PairIndex']
 
 # %% ../nbs/30_data.ipynb #30-002
-import io, json, re, zlib
+import hashlib, io, json, re, zlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -227,16 +227,28 @@ def _parquet_file(path): return pq.ParquetFile(path, memory_map=True)
 def _pictures(path, group): return _parquet_file(path).read_row_group(group, ["screen"])["screen"].combine_chunks().field("bytes")
 
 @patch
+def _picture(self:EpisodeStore, episode, step): # as stored
+    path, row = self.index.place(episode, step)
+    size = _parquet_file(path).metadata.row_group(0).num_rows
+    data = _pictures(path, row // size)[row % size].as_py()
+    if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
+    return data
+
+@patch
 def screen(self:EpisodeStore,
     episode:int, # its number
     step:int, # of the episode, up to the last row's
 ) -> Image.Image: # RGB
     "One screen. Raises `DataError` where there is none."
-    path, row = self.index.place(episode, step)
-    size = _parquet_file(path).metadata.row_group(0).num_rows
-    data = _pictures(path, row // size)[row % size].as_py()
-    if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
-    return decode_screen(data)
+    return decode_screen(self._picture(episode, step))
+
+@patch
+def digest(self:EpisodeStore,
+    episode:int, # its number
+    step:int, # of the episode, up to the last row's
+) -> bytes: # 16
+    "Screens that look alike have the same digest, in other runs too. Raises `DataError` where there is no screen."
+    return hashlib.blake2b(self._picture(episode, step), digest_size=16).digest()
 
 # %% ../nbs/30_data.ipynb #30-046
 PROPOSAL_COLUMNS = dict(
@@ -300,16 +312,35 @@ def distinct(self:Proposals,
     return distinct(self.actions(episode, step))
 
 # %% ../nbs/30_data.ipynb #30-054
-EMBEDDING_COLUMNS = dict(episode=pa.int64(), step=pa.int64(), action=pa.string())
-
-def _check_features(features, rows):
-    if features.ndim != 2 or len(features) != len(rows): raise DataError(f"{len(rows)} rows need features of shape [{len(rows)}, d], not {list(features.shape)}")
-    bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
-    if len(bad): raise DataError(f"the embedding of {tuple(rows[bad[0]].values())} is zero or not a finite {features.dtype}, and so are {len(bad) - 1} others")
+def first_seen(
+    shards:list[list], # for each shard what its rows show: anything hashable, equal where the content is
+) -> list[tuple[list[tuple[int, int]], list[int]]]: # for each shard: where each row's content has its vector, a shard and a number there; and the rows whose content is new
+    "Give every content one place, in the shard where it appears first."
+    places, out = {}, []
+    for i, contents in enumerate(shards):
+        new = []
+        for row, content in enumerate(contents):
+            if content not in places: places[content] = i, len(new); new.append(row)
+        out.append(([places[c] for c in contents], new))
+    return out
 
 # %% ../nbs/30_data.ipynb #30-056
+EMBEDDING_COLUMNS = dict(
+    episode=pa.int64(),
+    step=pa.int64(),
+    action=pa.string(),
+    shard=pa.int32(), # of its vector
+    vector=pa.int32()) # its number there
+
+def _check_features(features, rows, places, index):
+    needed = 1 + max((v for i, v in places if i == index), default=-1)
+    if features.ndim != 2 or len(features) != needed: raise DataError(f"{len(rows)} rows need features of shape [{needed}, d], not {list(features.shape)}")
+    bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
+    if len(bad): raise DataError(f"the embedding of {tuple(rows[places.index((index, bad[0]))].values())} is zero or not a finite {features.dtype}, and so are {len(bad) - 1} others")
+
+# %% ../nbs/30_data.ipynb #30-058
 class Embeddings:
-    "f(s, a) for distinct (state, action) pairs: float16 (or float32) [n, d] on disk, a row a pair. Opening checks the shards that are there."
+    "f(s, a) of (state, action) pairs: to the reader float16 (or float32) [n, d], a row a pair. Opening checks the shards that are there."
     def __init__(self,
         path:str|Path, # directory; made by the first `write_shard`
     ):
@@ -324,41 +355,47 @@ class Embeddings:
     def __repr__(self): return f"Embeddings({str(self.shards.path)!r})"
     def __len__(self): return len(self.index.table) # pairs
 
-# %% ../nbs/30_data.ipynb #30-058
+# %% ../nbs/30_data.ipynb #30-060
 @patch
 def write_shard(self:Embeddings,
     index:int, # number of the shard
     rows:list[dict], # `episode`, `step`, `action`; the actions of a state next to each other, all in one shard
-    features:np.ndarray, # [len(rows), d]
+    features:np.ndarray, # vectors of this shard, [n, d]; where there are none, of any width
     dtype:str="float16", # on disk; "float32" for vectors that came in it, in all shards alike
+    places:list[tuple[int, int]]|None=None, # of each row's vector, as from `first_seen`; a vector a row, in order, where None
 ) -> Path: # the file of vectors
     "Write a shard, once. Raises `DataError` on failed embeddings, and rather than overwrite."
     with np.errstate(over="ignore"): features = np.asarray(features, dtype)
-    _check_features(features, rows)
+    places = [(index, i) for i in range(len(rows))] if places is None else places
+    _check_features(features, rows, places, index)
+    rows = [r | dict(shard=i, vector=v) for r, (i, v) in zip(rows, places, strict=True)]
     out = io.BytesIO()
     np.save(out, np.ascontiguousarray(features), allow_pickle=False)
     self.__dict__.pop("index", None)
     self.keys.write(index, _parquet(rows, _schema(EMBEDDING_COLUMNS), group=4096))
     return self.shards.write(index, out.getvalue())
 
-# %% ../nbs/30_data.ipynb #30-060
+# %% ../nbs/30_data.ipynb #30-062
 class PairIndex:
-    "Which row is for which (state, action), over all shards of a set of embeddings."
+    "Which row is for which (state, action), and which vector it has, over all shards of a set of embeddings."
     def __init__(self,
         keys:list[Path], # Parquet files of `EMBEDDING_COLUMNS`
         arrays:list[np.memmap], # the vectors of each
     ):
         parts = [pq.read_table(f).replace_schema_metadata() for f in keys]
-        for f, part, a in zip(keys, parts, arrays):
-            if len(part) != len(a): raise DataError(f"{f} names {len(part)} rows but {len(a)} are there: delete both files of this shard and run its stage again")
+        for f, part in zip(keys, parts):
+            if part.column_names != list(EMBEDDING_COLUMNS): raise DataError(f"{f} has not the columns {', '.join(EMBEDDING_COLUMNS)}: it is of an earlier version; delete its directory and run its stage again")
         self.arrays, self.table = arrays, pa.concat_tables(parts)
-        self.starts = np.cumsum([0, *map(len, arrays)])
+        self.starts, shard, number = np.cumsum([0, *map(len, arrays)]), self.table["shard"].to_numpy(), self.table["vector"].to_numpy()
+        lost = np.flatnonzero((shard >= len(arrays)) | (number >= np.diff(self.starts)[np.minimum(shard, len(arrays) - 1)]))
+        if len(lost): raise DataError(f"{keys[0].parent} lacks vector {number[lost[0]]} of shard {shard[lost[0]]:05d}: delete the directory and run its stage again")
+        self.vector, self.table = self.starts[shard] + number, self.table.select(["episode", "step", "action"])
         states = np.stack([self.table["episode"].to_numpy(), self.table["step"].to_numpy()], 1)
         begins = np.flatnonzero(np.r_[True, (states[1:] != states[:-1]).any(1)])
         self.spans = dict(zip(map(tuple, states[begins].tolist()), zip(begins.tolist(), [*begins[1:].tolist(), len(states)])))
         if len(self.spans) < len(begins): raise DataError(f"{keys[0].parent} holds the pairs of one state in two places")
 
-# %% ../nbs/30_data.ipynb #30-061
+# %% ../nbs/30_data.ipynb #30-063
 @patch
 def rows(self:Embeddings,
     episode:int, # a recorded state
@@ -372,7 +409,7 @@ def rows(self:Embeddings,
         raise DataError(f"{self.shards.path} has no embedding of episode {episode} step {step} action {lacking[0]!r}: run the embedding stage again")
     return np.array([row[a] for a in actions], np.int64)
 
-# %% ../nbs/30_data.ipynb #30-062
+# %% ../nbs/30_data.ipynb #30-064
 def _read(array, rows): # rows of a memory-mapped array, without mapping their pages: a read for each run of neighbours
     out = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb", buffering=0) as f:
@@ -390,7 +427,16 @@ def __getitem__(self:Embeddings,
     rows, index = np.asarray(rows), self.index
     flat = rows.reshape(-1)
     if flat.size and not (0 <= flat.min() and flat.max() < len(self)): raise IndexError(f"rows go from 0 to {len(self) - 1}")
+    flat = index.vector[flat]
     part = np.searchsorted(index.starts, flat, "right") - 1
-    out = np.empty((flat.size, index.arrays[0].shape[1]), index.arrays[0].dtype)
+    out = np.empty((flat.size, self.width), index.arrays[0].dtype)
     for p in np.unique(part): out[part == p] = _read(index.arrays[p], flat[part == p] - index.starts[p])
-    return out.reshape(*rows.shape, out.shape[1])
+    return out.reshape(*rows.shape, self.width)
+
+@patch(as_prop=True)
+def width(self:Embeddings): # d
+    return max(a.shape[1] for a in self.index.arrays)
+
+@patch(as_prop=True)
+def different(self:Embeddings): # vectors stored, of `len(self)` pairs
+    return int(self.index.starts[-1])

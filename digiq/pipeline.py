@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings', 'is_sequential',
-           'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'different',
-           'Nothing', 'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture',
-           'draw_states', 'vary', 'smooth']
+           'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'Nothing',
+           'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary',
+           'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
-import hashlib, os, platform, shutil, tempfile, textwrap
+import filecmp, hashlib, json, os, platform, shutil, tempfile, textwrap
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_s
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
-from .embed.base import Embedder, embed_run
+from .embed.base import Embedder, Known, embed_run
 from .embed.hf import HFEmbedder
 from .embed.http import HTTPEmbedder
 from .embed.vllm import VLLMEmbedder, export
@@ -358,7 +358,7 @@ def take_over(self:Experiment,
 @patch(as_prop=True)
 def width(self:Experiment) -> int:
     "Width of the image features of a patch, or of a screen where there is one vector a screen."
-    return Embeddings(self.path/"screens").index.arrays[0].shape[1] if self.has("screens") else self.eyes.dim
+    return Embeddings(self.path/"screens").width if self.has("screens") else self.eyes.dim
 
 # %% ../nbs/65_pipeline.ipynb #65-038
 @patch
@@ -543,25 +543,32 @@ def embedder(self:Experiment) -> Embedder:
         return HTTPEmbedder(list(how.servers), renamed, cfg, token=os.environ.get("DIGIQ_EMBED_TOKEN", "")) if how.engine == "http" else VLLMEmbedder(renamed, cfg)
 
 # %% ../nbs/65_pipeline.ipynb #65-050
-def different(
-    found:Embeddings,
-    batch:int=4096, # rows read at a time
-) -> int: # distinct vectors
-    "How many pairs differ in content."
-    digests = set()
-    for i in range(0, len(found), batch):
-        digests.update(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in found[np.arange(i, min(i + batch, len(found)))])
-    return len(digests)
+@patch
+def same_vlm(self:Experiment,
+    path:Path, # another run
+) -> bool: # its f(s, a) are ours
+    "Whether another run has the same fine-tuned VLM and reads the same out of it."
+    record, weights = path/"stages"/"embeddings.json", [run/"checkpoints"/"representation" for run in (self.path, path)]
+    if not record.exists() or not read_json(record)["done"]: raise ConfigError(f"{path} has no finished stage embeddings to take vectors from")
+    theirs, ours = read_json(record)["config"]["preset"]["representation"], json.loads(json.dumps(to_dict(self.preset.representation)))
+    files = [sorted(f.name for f in folder.glob("*") if f.suffix == ".safetensors" or f.name == "config.json") for folder in weights]
+    return all(theirs[k] == ours[k] for k in ("side", "embed_dtype", "layers", "questions")) and files[0] == files[1] and not any(filecmp.cmpfiles(*weights, files[0], shallow=False)[1:])
 
 @patch
-def embed(self:Experiment) -> dict: # counts
-    "Store f(s, a) for all candidates."
+def embed(self:Experiment,
+    known:list[str|Path]=(), # other runs with the same VLM, whose vectors are taken where screen and action are the same
+) -> dict: # counts
+    "Store f(s, a) for all candidates. Raises `ConfigError` where a known run has another VLM."
     if self.has("embeddings"): return self.take_over("embeddings")
     self.require("proposals", "representation")
+    for path in (known := [from_nbs(p) for p in known]):
+        if not self.same_vlm(path): raise ConfigError(f"{path} was embedded by another VLM: leave it out")
     with self.stage("embeddings", {}) as stage:
-        if not stage.done: embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers if self.preset.embedding.engine == "transformers" else 1, stage.save)
+        if not stage.done:
+            embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers if self.preset.embedding.engine == "transformers" else 1,
+                stage.save, [Known(EpisodeStore(path/"episodes"), Embeddings(path/"embeddings")) for path in known])
         found = Embeddings(self.path/"embeddings")
-        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=different(found), width=found[np.zeros(1, int)].shape[1])
+        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=found.different, width=found.width)
     self.note()
     return stage.counts
 

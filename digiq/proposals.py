@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import Run, seed_all, to_dict
-from .data import Embeddings, EpisodeStore, Proposals
+from .data import Embeddings, EpisodeStore, Proposals, first_seen
 from .policy import ImageEncoder, Policy
 
 # %% ../nbs/41_proposals.ipynb #41-004
@@ -26,13 +26,14 @@ def featurise(
     with run.stage("screens", dict(shard=shard, patches=eyes.side**2, dim=eyes.dim)) as stage:
         if not stage.done:
             table = store.episodes()
-            shards = [rows for _, rows in table.groupby(table.episode//shard)]
+            shards = [[dict(episode=int(e), step=int(s), action="") for e, s in zip(rows.episode, rows.step)] for _, rows in table.groupby(table.episode//shard)]
+            plan = first_seen([[store.digest(k["episode"], k["step"]) for k in keys] for keys in shards])
             def make(i, told):
-                keys = [dict(episode=int(e), step=int(s), action="") for e, s in zip(shards[i].episode, shards[i].step)]
-                out.write_shard(i, keys, eyes([store.screen(k["episode"], k["step"]) for k in keys]).reshape(len(keys), -1))
-                told(len(keys))
-            out.shards.fill([len(rows) for rows in shards], make, "image features", workers, stage.save)
-            stage.counts.update(screens=len(table), width=eyes.dim)
+                places, new = plan[i]
+                out.write_shard(i, shards[i], eyes([store.screen(shards[i][k]["episode"], shards[i][k]["step"]) for k in new]).reshape(len(new), eyes.side**2*eyes.dim), places=places)
+                told(len(shards[i]))
+            out.shards.fill([len(keys) for keys in shards], make, "image features", workers, stage.save)
+            stage.counts.update(screens=len(table), different=Embeddings(run.path/"screens").different, width=eyes.dim)
     return Embeddings(run.path/"screens")
 
 # %% ../nbs/41_proposals.ipynb #41-006

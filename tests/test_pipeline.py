@@ -2,10 +2,13 @@
 import json, multiprocessing, os, random, shutil, subprocess, sys, time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import standins
 
-from digiq.core import DataError, DigiqError, read_json
+from digiq.core import ConfigError, DataError, DigiqError, read_json
+from digiq.data import Embeddings
+from digiq.pipeline import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,6 +129,33 @@ def test_upstream_is_not_exchanged(models, whole):
     lab = standins.experiment(models, whole, "proposals.temperature=2.0")
     for call in lab.embed, lab.train_critic, lab.score, lambda: lab.train_policy("digiq"), lambda: lab.evaluate("digiq"), lab.check_critic:
         with pytest.raises(DigiqError, match=r"preset.proposals.temperature was 1.2, now 2.0\): choose another run_dir"): call()
+
+
+def test_vectors_of_another_run(models, whole, tmp_path, monkeypatch):
+    "What a run with the same VLM has embedded is not embedded again."
+    asked = []
+    class Counting:
+        def __init__(self, lab): self.real = Experiment.embedder(lab)
+        def embed(self, pairs): asked.extend(pairs); return self.real.embed(pairs)
+    monkeypatch.setattr(standins.Easy, "embedder", lambda lab: Counting(lab))
+    runs = {}
+    for name, known in dict(alone=[], lent=[whole]).items():
+        for part in "episodes", "screens", "checkpoints/representation", "stages/episodes.json", "stages/screens.json", "stages/representation.json":
+            copy = shutil.copytree if (whole/part).is_dir() else shutil.copy
+            (tmp_path/name/part).parent.mkdir(parents=True, exist_ok=True)
+            copy(whole/part, tmp_path/name/part)
+        lab = standins.experiment(models, tmp_path/name, "proposals.n=6", "workers=1")
+        lab.propose()
+        asked.clear()
+        runs[name] = lab.embed(known), len(asked), Embeddings(lab.path/"embeddings")
+    (counts, n, vectors), (counts_lent, n_lent, lent) = runs.values()
+    assert counts == counts_lent and 0 < n == counts["different"] < counts["pairs"] and n_lent == 0 # few screens and actions: all are known
+    rows = np.arange(len(vectors))
+    np.testing.assert_allclose(vectors[rows].astype(float), lent[rows], atol=2e-2)
+    other = standins.experiment(models, tmp_path/"other", "representation.steps=4", "workers=1")
+    other.collect(); other.featurise(); other.propose(); other.finetune()
+    with pytest.raises(ConfigError, match="was embedded by another VLM: leave it out"): other.embed([whole])
+    with pytest.raises(ConfigError, match="has no finished stage embeddings"): other.embed([tmp_path])
 
 
 @pytest.mark.parametrize("field, told", [("policy", "the policy '/no/such'"), ("eyes", "the VLM for eyes '/no/such'"), ("representation.model", "no VLM at '/no/such'")])

@@ -163,3 +163,9 @@ def test_length_groups_change_nothing(monkeypatch):
     monkeypatch.setattr(training, "alike", lambda lengths: [np.arange(len(lengths))])
     whole, _ = train_policy()
     for a, b in zip(split, whole): assert abs(a["loss"] - b["loss"]) < 1e-5*abs(b["loss"])
+
+
+def test_bfloat16_reaches_the_losses_of_float32():
+    exact, low = train_policy()[0], train_policy(replace(ACTOR, precision="bfloat16"))[0]
+    assert exact[-1]["loss"] != low[-1]["loss"]
+    for a, b in zip(exact, low): assert abs(a["loss"] - b["loss"]) < 1e-2*abs(a["loss"])

@@ -395,9 +395,11 @@ class ActorConfig:
     save_every: int = 0        # minibatches between bookmarks, from which a training that was cut off goes on; 0 for none
     clip: float = 1.0          # largest norm of the gradient
     weight_decay: float = 0.01 # decoupled, AdamW
+    precision: str = "float32" # of the network's products: "float32" or "bfloat16"; weights are float32 always
     reference: bool = False    # as the published code trains: probabilities of tokens held between 0.001 and 0.99, steady learning rate
 
     def __post_init__(self):
+        if self.precision not in ("float32", "bfloat16"): raise ConfigError(f"actor.precision is {self.precision!r}: choose float32 or bfloat16")
         if self.save_every % self.accumulate: raise ConfigError(f"actor.save_every is {self.save_every}: choose a multiple of actor.accumulate ({self.accumulate})")
 
 # %% ../../nbs/52_training.ipynb #52-035
@@ -448,7 +450,8 @@ def fit_policy(
         for part in alike([len(prompts[scores.state[i]]) for i in rows[k]]):
             r = rows[k[part]]
             t = scores.state[r]
-            logp = policy.log_prob([prompts[i] for i in t], _screens(policy, features, data.here[t]), scores.action[r].tolist(), (.001, .99) if cfg.reference else (0., 1.))
+            with torch.autocast(policy.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+                logp = policy.log_prob([prompts[i] for i in t], _screens(policy, features, data.here[t]), scores.action[r].tolist(), (.001, .99) if cfg.reference else (0., 1.))
             share = -(torch.as_tensor(w[k[part]], device=logp.device)*logp).sum()/len(k)
             (share/cfg.accumulate).backward()
             loss += share.detach()
