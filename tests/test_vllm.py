@@ -1,14 +1,15 @@
 "Embedding by a real vLLM, in process and over HTTP, in an environment of its own: DIGIQ_VLLM names it, tools/vllm_env.sh builds it."
-import json, os, subprocess
+import os, shutil, subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import standins
 from PIL import Image
 
 from digiq.actions import press, render, swipe, tap, type_text
+from digiq.data import Embeddings
 from digiq.embed.hf import HFEmbedder
-from digiq.embed.vllm import export
 from digiq.phone import SimPhone
 from digiq.representation import VLM, RepresentationConfig
 from digiq.tasks import load
@@ -18,10 +19,13 @@ there = os.environ.get("DIGIQ_VLLM")
 if not there and os.environ.get("DIGIQ_CI"): raise RuntimeError("DIGIQ_VLLM is not set: build the environment with tools/vllm_env.sh and name it")
 pytestmark = pytest.mark.skipif(not there, reason="DIGIQ_VLLM names no environment with vLLM")
 
+SETTINGS = "representation.model=tiny-vlm", "representation.embed_dtype=float32", "workers=1" # of the run that is embedded
+
 ENGINE = """
 import sys
 from pathlib import Path
 import numpy as np
+import standins
 from PIL import Image
 from digiq.embed.base import EmbeddingError
 from digiq.embed.vllm import VLLMEmbedder
@@ -36,13 +40,17 @@ if __name__ == "__main__": # vLLM starts processes that import this file
     try: embedder.embed([*pairs[:2], (pairs[0][0], "tap it!")])
     except EmbeddingError as e: assert e.pairs == [2]
     else: raise AssertionError("a malformed action must raise EmbeddingError")
+    del embedder
+    lab = standins.experiment(folder/"models", folder/"by_engine", *SETTINGS, "embedding.engine=vllm")
+    assert lab.embed()["different"] > 0
 """
 
 SERVER = """
-import sys, time, subprocess
+import os, sys, time, subprocess
 from pathlib import Path
 from urllib.request import urlopen
 import numpy as np
+import standins
 from PIL import Image
 from digiq.embed.base import EmbeddingError
 from digiq.embed.http import HTTPEmbedder
@@ -64,6 +72,9 @@ try:
     try: HTTPEmbedder([address], folder/"vlm", config, token="guess").embed(pairs[:2])
     except EmbeddingError as e: assert "answered 401" in str(e) and e.pairs == [0, 1], e
     else: raise AssertionError("a wrong token must be refused")
+    os.environ["DIGIQ_EMBED_TOKEN"] = "secret"
+    lab = standins.experiment(folder/"models", folder/"by_server", *SETTINGS, "embedding.engine=http", f"embedding.servers=[{address}]")
+    assert lab.embed()["different"] > 0
 finally:
     server.terminate()
     server.wait(60)
@@ -72,11 +83,17 @@ finally:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A model, real screens with actions, and what transformers makes of them."
+    "A run up to its fine-tuned model, real screens with actions, and what transformers makes of both."
     path, phone = tmp_path_factory.mktemp("vllm"), SimPhone()
-    vlm = VLM.load("tiny-vlm", 160)
-    vlm.save(path/"ours")
-    export(path/"ours", path/"vlm")
+    (path/"models").mkdir()
+    standins.make(path/"models")
+    lab = standins.experiment(path/"models", path/"by_transformers", *SETTINGS)
+    lab.collect(); lab.featurise(); lab.propose(); lab.finetune()
+    for name in "by_engine", "by_server": shutil.copytree(lab.path, path/name)
+    lab.embed()
+    standins.experiment(path/"models", lab.path, *SETTINGS, "embedding.engine=http", "embedding.servers=['http://127.0.0.1:1']").embedder() # exports the model
+    shutil.copytree(lab.path/"checkpoints"/"representation.vllm", path/"vlm")
+    vlm = VLM.load(str(lab.path/"checkpoints"/"representation"), 160)
     phone.reset(load("webshop", "train")[0], 0)
     screens = [phone.screenshot(), Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 27, 3), np.uint8)).resize((270, 600))]
     actions = [render(a) for a in (tap(.5, .3), tap(.2, .8), press("back"), type_text('<image> [IMG] "red" lamp'), type_text(""), swipe(.8, .5, .2, .5), press("enter"))]
@@ -89,8 +106,8 @@ def folder(tmp_path_factory):
 
 def run(code, folder, *arguments):
     "Run a program in vLLM's environment."
-    (folder/"program.py").write_text(code)
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")} | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    (folder/"program.py").write_text(f"SETTINGS = {SETTINGS}\n{code}")
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")} | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")]), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     done = subprocess.run([f"{there}/bin/python", str(folder/"program.py"), str(folder), *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -100,11 +117,19 @@ def far(found, wanted):
     return (np.linalg.norm(found.astype(float) - wanted, axis=1)/np.linalg.norm(wanted.astype(float), axis=1)).max()
 
 
+def same_run(folder, name):
+    "Whether an engine's run has the embeddings of transformers' run."
+    wanted, found = (Embeddings(folder/n/"embeddings") for n in ("by_transformers", name))
+    rows = np.arange(len(wanted))
+    return len(found) == len(wanted) and found.different == wanted.different and far(found[rows], wanted[rows]) < 1e-3
+
+
 def test_engine_gives_the_vectors_of_transformers(folder):
     run(ENGINE, folder)
     wanted, found, again = (np.load(folder/f"{n}.npy") for n in ("wanted", "engine", "again"))
     assert found.dtype == np.float16 and found.shape == wanted.shape
     assert far(found, wanted) < 1e-3 and far(again[::-1], wanted) < 1e-3
+    assert same_run(folder, "by_engine")
 
 
 def test_server_gives_the_vectors_of_transformers(folder):
@@ -115,3 +140,4 @@ def test_server_gives_the_vectors_of_transformers(folder):
     run(SERVER, folder, port)
     wanted, found = (np.load(folder/f"{n}.npy") for n in ("wanted", "server"))
     assert found.dtype == np.float16 and far(found, wanted) < 1e-3
+    assert same_run(folder, "by_server")
