@@ -305,7 +305,7 @@ def progress(
     initial:int=0, # items done by an earlier attempt
 ): # a tqdm bar: iterate over it, or use it in `with`
     "A progress bar with rate and time to go."
-    return (NotebookBar if IN_NOTEBOOK else tqdm)(iterable, total=total, desc=desc, initial=initial, mininterval=1.)
+    return (NotebookBar if IN_NOTEBOOK else tqdm)(iterable, total=total, desc=desc, initial=initial, mininterval=1., disable=os.environ.get("RANK", "0") != "0") # of several processes the first one shows it
 
 # %% ../nbs/00_core.ipynb #00-052
 @contextmanager

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import standins
+import yaml
 
-from digiq.core import ConfigError, DataError, DigiqError, read_json
+from digiq.core import ConfigError, DataError, DigiqError, read_json, to_dict
 from digiq.data import Embeddings
 from digiq.pipeline import Experiment
 
@@ -156,6 +157,25 @@ def test_vectors_of_another_run(models, whole, tmp_path, monkeypatch):
     other.collect(); other.featurise(); other.propose(); other.finetune()
     with pytest.raises(ConfigError, match="was embedded by another VLM: leave it out"): other.embed([whole])
     with pytest.raises(ConfigError, match="has no finished stage embeddings"): other.embed([tmp_path])
+
+
+def test_several_processes_as_users_start_them(models, whole, tmp_path):
+    "torchrun and notebook_launcher are one training by two processes, not two by one."
+    preset = tmp_path/"preset.yaml"
+    preset.write_text(yaml.safe_dump(to_dict(standins.experiment(models, whole).preset)))
+    starts = dict(torchrun=[f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node", "2", "-m", "digiq.training", "--preset", preset, "--run-dir"],
+                  notebook=[sys.executable, "-c", "import sys; from accelerate import notebook_launcher; from digiq.training.__main__ import train; notebook_launcher(train, sys.argv[1:], num_processes=2)", preset])
+    found = {}
+    for name, command in starts.items():
+        run = tmp_path/name
+        for part in "episodes", "screens", "proposals", "embeddings", "stages", "checkpoints/representation": shutil.copytree(whole/part, run/part)
+        for f in [*(run/"stages").glob("critic*"), *(run/"stages").glob("scores*"), *(run/"stages").glob("digiq*"), *(run/"stages").glob("filtered_bc*")]: f.unlink()
+        done = subprocess.run([*map(str, command), str(run)], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "digiq: 100%" in done.stderr and len({line.split("|")[0] for line in done.stderr.replace("\r", "\n").splitlines() if "100%" in line}) == 3, done.stderr # a bar a stage
+        found[name] = [(run/"checkpoints"/n/"model.safetensors").read_bytes() for n in ("critic", "digiq", "filtered_bc")]
+    alone = [(whole/"checkpoints"/n/"model.safetensors").read_bytes() for n in ("critic", "digiq", "filtered_bc")]
+    assert found["torchrun"] == found["notebook"] and found["torchrun"][0] != alone[0] # each process has dropout of its own
 
 
 @pytest.mark.parametrize("field, told", [("policy", "the policy '/no/such'"), ("eyes", "the VLM for eyes '/no/such'"), ("representation.model", "no VLM at '/no/such'")])
