@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['phone_speed', 'network_speed', 'latency', 'SlowPhone', 'Timed', 'rates', 'AnyMove', 'lockstep_speed', 'fleet_speed',
-           'rate', 'limits', 'worked']
+           'rate', 'limits', 'worked', 'products']
 
 # %% ../nbs/66_bench.ipynb #66-002
-import math, os, threading, time
+import math, os, re, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import actions as A
@@ -181,9 +182,10 @@ def limits(
     device:str="cpu", # whose products
     size:int=3000, # of the matrices
     mb:int=800, # to copy, and to write and read
-) -> dict: # gflops_float32, gflops_bfloat16, memory_gb_per_second, disk_write_gb_per_second, disk_read_gb_per_second
+) -> dict: # gflops_float32, gflops_bfloat16, memory_gb_per_second (copied), fresh_memory_gb_per_second (written for the first time), disk_write_gb_per_second, disk_read_gb_per_second
     "What this machine can do at most"
     square, block, path = torch.randn(size, size, device=device), torch.randn(mb*250_000), Path(folder)/"limits.bin"
+    there = torch.zeros_like(block) # with pages of its own already
     def product(a):
         a @ a
         if a.is_cuda: torch.cuda.synchronize()
@@ -194,7 +196,7 @@ def limits(
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED) # so that reading reads
     def read(): path.read_bytes()
     low = square.bfloat16()
-    found = dict(gflops_float32=rate(lambda: product(square), 2e-9*size**3), gflops_bfloat16=rate(lambda: product(low), 2e-9*size**3), memory_gb_per_second=rate(block.clone, mb*2e-3), disk_write_gb_per_second=rate(write, mb*1e-3, 1))
+    found = dict(gflops_float32=rate(lambda: product(square), 2e-9*size**3), gflops_bfloat16=rate(lambda: product(low), 2e-9*size**3), memory_gb_per_second=rate(lambda: there.copy_(block), mb*2e-3), fresh_memory_gb_per_second=rate(lambda: torch.zeros(mb*250_000).fill_(1.), mb*1e-3), disk_write_gb_per_second=rate(write, mb*1e-3, 1))
     start = time.perf_counter(); read()
     found["disk_read_gb_per_second"] = mb*1e-3/(time.perf_counter() - start)
     path.unlink()
@@ -210,3 +212,12 @@ def worked(
     per_second = rate(work, units, 2)
     gflops = counter.get_total_flops()*1e-9*per_second/units
     return dict(per_second=per_second, gflops=gflops, share=gflops/limit)
+
+def products(
+    work # a function, on a CPU
+) -> float: # 0..1
+    "The share of time spent in matrix products, convolutions and attention; the rest holds them up"
+    start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as seen: work()
+    spent = time.perf_counter() - start
+    return sum(e.self_cpu_time_total for e in seen.key_averages() if re.match(r"aten::.*(mm|conv|attention|linear)", e.key))*1e-6/spent
