@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pandas as pd
+import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .core import DigiqError, Run, derive_seed, progress
@@ -227,8 +228,8 @@ def interval(
 
 class Display:
     "The progress of a fleet."
-    def __init__(self, total, done, desc, fleet):
-        self.fleet, self.won, self.n, self.steps, self.began = fleet, 0, 0, 0, time.monotonic()
+    def __init__(self, total, done, won, desc, fleet): # `done` and `won` by an earlier attempt
+        self.fleet, self.won, self.n, self.steps, self.began = fleet, won, done, 0, time.monotonic()
         self.bar = progress(total=total, initial=done, desc=desc)
         self.line = type(self.bar)(bar_format="{desc}", mininterval=1.)
     def __enter__(self): return self
@@ -247,10 +248,10 @@ class Display:
         if self.line.desc != (text := f"devices {letters} ({states})"): self.line.desc = text
         self.line.update(0)
 
-# %% ../nbs/33_fleet.ipynb #33-020
+# %% ../nbs/33_fleet.ipynb #33-021
 def _fill(store, fleet, jobs, cfg, stage, name):
-    open_shards = {}
-    with Display(cfg.episodes, cfg.episodes - len(jobs), name, fleet) as display:
+    open_shards, won = {}, sum(int((pq.read_table(f, columns=["reward"])["reward"].to_numpy() >= 1).sum()) for f in store.shards.found().values())
+    with Display(cfg.episodes, cfg.episodes - len(jobs), won, name, fleet) as display:
         for episode, rows in fleet.play(jobs, display.look):
             display.add(rows)
             k = episode // cfg.shard

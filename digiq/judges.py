@@ -130,18 +130,19 @@ def _remember(self:Judge):
     for n, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            if entry["setup"] == self.setup: self.known[entry["picture"].removesuffix(".png"), entry["goal"]] = Verdict(entry["reasoning"], entry["success"])
-            self.asked += entry["how"] == "asked"
+            if entry["setup"] == self.setup and entry["how"] != "unreadable": self.known[entry["picture"].removesuffix(".png"), entry["goal"]] = Verdict(entry["reasoning"], entry["success"])
+            self.asked += entry["how"] != "remembered"
         except (ValueError, KeyError, TypeError): raise DataError(f"{path} line {n} is damaged: move the file away, or choose another log") from None
 
 @patch
 def _write(self:Judge, goal, task_id, name, picture, verdict, how, more):
-    entry = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), task_id=task_id, goal=goal, picture=f"{name}.png", success=verdict.success, reasoning=verdict.reasoning, how=how, model=self.cfg.model, setup=self.setup, **more)
+    said = dict(success=verdict.success, reasoning=verdict.reasoning) if verdict else {}
+    entry = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), task_id=task_id, goal=goal, picture=f"{name}.png", **said, how=how, model=self.cfg.model, setup=self.setup, **more)
     with self.lock:
         if not (path := self.log/"pictures"/f"{name}.png").exists():
             with atomic(path) as p: p.write_bytes(picture)
         with open(self.log/"verdicts.jsonl", "a") as f: f.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.known[name, goal] = verdict
+        if verdict: self.known[name, goal] = verdict
 
 # %% ../nbs/25_judges.ipynb #25-021
 @patch
@@ -167,7 +168,7 @@ def _ask(self:Judge, messages):
         if e.status_code in (408, 409, 429) or e.status_code >= 500: raise DeviceError(f"the judge at {cfg.url} answered with status {e.status_code}, {cfg.tries} times") from None
         if e.status_code in (401, 403): raise DigiqError(f"the judge at {cfg.url} does not take the key in {cfg.key or 'judge.key'} (status {e.status_code})") from None
         raise DigiqError(self._clean(f"the judge at {cfg.url} refuses the question (status {e.status_code}): check judge.model and judge.options, and judge.schema for an endpoint that knows none; it said {str(e)[:200]!r}")) from None
-    try: return read_verdict(self._clean(answer.choices[0].message.content)), answer.usage.total_tokens if answer.usage else None
+    try: return self._clean(answer.choices[0].message.content or ""), answer.usage.total_tokens if answer.usage else None
     except (AttributeError, IndexError, TypeError): raise ValueError("the judge's answer has another form than OpenAI's") from None
 
 # %% ../nbs/25_judges.ipynb #25-022
@@ -186,8 +187,13 @@ def ask(self:Judge,
     began, question = time.monotonic(), [{"role": "system", "content": INSTRUCTIONS}, *self.shots, ask_for(goal, picture)]
     for attempt in range(self.cfg.tries):
         self._pay()
-        try: verdict, tokens = self._ask(question)
-        except ValueError as e: fault = e # it was answered, and has to be paid for
+        text = ""
+        try:
+            text, tokens = self._ask(question)
+            verdict = read_verdict(text)
+        except ValueError as e: # it was answered, and has to be paid for
+            fault = e
+            self._write(goal, task_id, name, picture, None, "unreadable", {"answer": text, "error": str(e)})
         except DeviceError:
             with self.lock: self.asked -= 1
             raise

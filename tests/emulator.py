@@ -8,6 +8,9 @@ kind, port, mark = option["-avd"], int(option["-port"]), Path(__file__).with_nam
 if kind == "crash" or kind == "once" and not mark.exists():
     mark.touch()
     sys.exit("ERROR   | Not enough space to create userdata partition")
+if home := os.environ.get("ANDROID_AVD_HOME"): # where it keeps its disks
+    folder = Path((Path(home)/f"{kind}.ini").read_text().strip().removeprefix("path="))
+    if "-read-only" not in words: (folder/"written").write_text(f"emulator-{port}")
 from digiq.devices.adbd import Adbd
 from digiq.devices.android import Android
 from digiq.phone import SimPhone
