@@ -9,13 +9,14 @@ import torch
 import yaml
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import RobertaConfig, RobertaModel
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, BlipImageProcessorPil, OPTConfig, RobertaConfig, RobertaModel
 
 from digiq.actions import decision, press, render, tap, type_text
 from digiq.conversion import convert
-from digiq.core import DataError
+from digiq.core import ConfigError, DataError
 from digiq.data import Embeddings
 from digiq.env import prompt
+from digiq.explore import ActionExplorer, TrajectoryExplorer
 from digiq.pipeline import load_preset, open_run
 from digiq.policy import AutoUI, AutoUIConfig, tiny_tokenizer
 from digiq.torchfile import TorchFile
@@ -237,3 +238,45 @@ def test_papermill_trains_from_released_episodes(published, trained, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     same = [f.relative_to(trained.path) for f in (trained.path/"checkpoints").rglob("*.safetensors")]
     assert len(same) == 2 and all((tmp_path/"run"/f).read_bytes() == (trained.path/f).read_bytes() for f in same)
+
+
+def publish_agent(folder, path, screen=12, rep=24, d=16):
+    "An agent's directory as `accelerate` wrote it: policy, critic and target critic."
+    path.mkdir()
+    (path/"pytorch_model.bin").write_bytes((folder/"Auto-UI-Base"/"pytorch_model.bin").read_bytes())
+    roberta, q, v = RobertaModel.from_pretrained(folder/"roberta").state_dict(), 5*d + 2*screen + rep, 3*d + 2*screen
+    for n in 1, 2:
+        torch.manual_seed(n)
+        weights = {f"module.base_lm_{name}.{k}": x for name in ("task", "type", "text") for k, x in roberta.items()}
+        for kind, sizes in dict(q=[q, q, 20, 20, 20, 1], v=[v, 20, 20, 20, 1]).items():
+            for head in 1, 2:
+                for i, (a, b) in enumerate(zip(sizes, sizes[1:])): weights |= {f"module.{kind}_critic{head}.{2*i}.weight": torch.randn(b, a)/a**.5, f"module.{kind}_critic{head}.{2*i}.bias": torch.randn(b)*.1}
+        torch.save(weights, path/f"pytorch_model_{n}.bin")
+    return path
+
+
+def test_released_agent_on_released_episodes(published, trained, tmp_path):
+    "The first thing that a reader of the paper wants to see: Q and V of the published agent, on the published episodes."
+    blip = Blip2Config(vision_config=Blip2VisionConfig(hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14), text_config=OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=20),
+        qformer_config=Blip2QFormerConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=12, vocab_size=50))
+    Blip2ForConditionalGeneration(blip).save_pretrained(tmp_path/"blip")
+    BlipImageProcessorPil(size=dict(height=28, width=28)).save_pretrained(tmp_path/"blip")
+    lab = open_run(tmp_path/"run", load_preset("webshop", **small(published, eyes=str(tmp_path/"blip"))))
+    lab.collect(), lab.featurise(), lab.propose(), lab.embed()
+    agent = publish_agent(published, tmp_path/"aitw-webshop-digiq-agent")
+    assert lab.take_agent(agent) == dict(screen=12, representation=24)
+    assert lab.take_agent(agent) == dict(screen=12, representation=24) # again: nothing to do
+    lead = TrajectoryExplorer(str(lab.path), episode=3)
+    steps = lead.strip["steps"]
+    assert len(steps) == 5 and all(np.isfinite([s["q"], s["v"]]).all() for s in steps[:-1]) and len({s["q"] for s in steps[:-1]}) == 4
+    rows = ActionExplorer(lead.run, lead).state["rows"]
+    assert len(rows) > 1 and all(np.isfinite([r["q1"], r["q2"], r["advantage"], r["log_prob"]]).all() for r in rows)
+    scores = lab.score()
+    assert np.isfinite(scores.q).all() and scores.q.std() > 0
+    assert lab.agent("digiq").act(["Go to ebay.com"], [""], [lead.run.screen("episodes", 3, 0)], [lead.run.screen("episodes", 3, 0)])
+    assert lab.train_policy("awr")["learned_from"] > 0 # and the critic teaches another policy
+    trained.train_critic()
+    with pytest.raises(ConfigError, match="has a critic already: choose another run_dir"): trained.take_agent(agent)
+    other = open_run(tmp_path/"other", load_preset("webshop", **small(published, eyes=str(tmp_path/"blip"))))
+    other.collect(), other.featurise(), other.propose(), other.embed()
+    with pytest.raises(ConfigError, match="wants widths .*, this run has .*: take over the episodes that were published with it"): other.take_agent(publish_agent(published, tmp_path/"wide", rep=30))

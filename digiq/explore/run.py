@@ -309,6 +309,8 @@ def values(self:RunView,
 def _values(self:RunView, name, episode, rows):
     rows = rows[(rows.action != "") | (rows.error != "")]
     states = [self.state(name, episode, s) for s in rows.step]
+    if name == "episodes" and self.has("embeddings"):
+        for s, r in zip(states, rows.itertuples()): self._recall(s, episode, r.step, [r.action])
     columns = ([getattr(s, f) for s in states] for f in ("goal", "previous", "screen", "before"))
     with self.busy: q, v = self.scorer(*columns, [[a] for a in rows.action])
     q = np.array([x[0] for x in q], np.float32)
