@@ -217,3 +217,18 @@ class Explorer(anywidget.AnyWidget):
     def attempt(self, call, *args, **kwargs): # what goes wrong is for the reader of the widget
         try: return call(*args, **kwargs)
         except DigiqError as e: self.note = str(e)
+
+    def go_with(self, lead, names=("set", "episode", "step")): # show what another explorer shows; and the other way round
+        def go():
+            with self.hold_trait_notifications():
+                for n in names: setattr(self, n, getattr(lead, n))
+        async def rest(): # the other one answers first, and its reader may be passing through
+            await asyncio.sleep(.1)
+            go()
+        def later(_):
+            if self.going: self.going.cancel()
+            self.going = self.soon(rest())
+        go()
+        self.going = None
+        lead.observe(later, names)
+        self.observe(lambda change: setattr(lead, change.name, getattr(self, change.name)), names)

@@ -97,21 +97,23 @@ class QField(Explorer):
         **traits, # `set`, `episode`, `step` to begin with
     ):
         super().__init__(run, **traits)
-        self.task = None
+        self.task = self.shown = None
         self.sets = self.run.sets()
         if self.sets and self.set not in self.sets: self.set = self.sets[0]
-        if follow: self.links = [T.link((follow, k), (self, k)) for k in ("set", "episode", "step")]
-        self.attempt(self.show)
         self.observe(lambda _: self.attempt(self.show), ["set", "episode", "step"])
+        if follow: self.go_with(follow)
+        self.attempt(self.show)
         self.observe(lambda _: self.attempt(self.judge_again), "goal")
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-007
 @patch
 def show(self:QField):
     "Send a screen, and begin with its field."
-    if self.task: self.task.cancel()
     rows = self.run.steps(self.set, self.episode)
     if self.step >= len(rows): self.step = len(rows) - 1; return
+    if self.shown == (self.set, self.episode, self.step): return
+    if self.task: self.task.cancel()
+    self.shown = self.set, self.episode, self.step
     state = self.run.state(self.set, self.episode, self.step)
     self.field, self.actions = None, []
     with self.hold_sync():

@@ -194,9 +194,10 @@ class ActionExplorer(Explorer):
         super().__init__(run, **traits)
         self.sets = self.run.sets()
         if self.sets and self.set not in self.sets: self.set = self.sets[0]
-        if follow: self.links = [T.link((follow, k), (self, k)) for k in ("set", "episode", "step")]
-        self.attempt(self.show)
+        self.shown = None
         self.observe(lambda _: self.attempt(self.show), ["set", "episode", "step"])
+        if follow: self.go_with(follow)
+        self.attempt(self.show)
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-012
 @patch
@@ -204,6 +205,7 @@ def show(self:ActionExplorer):
     "Send a state and its candidates."
     rows = self.run.steps(self.set, self.episode)
     if self.step >= len(rows): self.step = len(rows) - 1; return
+    if self.shown == (where := (self.set, self.episode, self.step)): return
     found, v = self.run.candidates(self.set, self.episode, self.step)
     table = [plain(r.action) | dict(count=int(r.count_), recorded=bool(r.recorded), q1=number(r.q1), q2=number(getattr(r, "q2", r.q1)), advantage=number(r.advantage), log_prob=number(r.log_prob), chosen=bool(r.chosen))
              for r in found.rename(columns={"count": "count_"}).itertuples()]
@@ -212,3 +214,4 @@ def show(self:ActionExplorer):
         self.state = dict(episode=self.episode, step=self.step, goal=rows.goal[0], v=number(v), rows=table, shot=self.run.picture(self.set, self.episode, self.step), size=self.run.screen(self.set, self.episode, self.step).size,
                           scale=scale(found.advantage, v))
         self.note = "\n".join(["The episode has ended here: nothing was done, and there are no candidates."]*ended(rows, self.step) + list(self.run.lacks().values()))
+    self.shown = where
