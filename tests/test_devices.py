@@ -108,6 +108,21 @@ def test_the_page_about_devices_ends_in_a_film(tmp_path):
     assert "data:image/webp;base64," in out and "evaluations/behaviour/00000" in out
 
 
+def test_notebooks_collect_and_evaluate_over_adb(phones, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    (tmp_path/"brief.yaml").write_text("{horizon: 2, threads: 1, devices: {adb: {settle: 0}}}")
+    tasks = (tmp_path/"few_train.txt", tmp_path/"few_val.txt")
+    for path in tasks: path.write_text("Go to velmora.com\nSearch for red lamp on velmora.com\n")
+    where = dict(preset=str(tmp_path/"brief.yaml"), task_set=str(tmp_path/"few"), device="adb", serials=" ".join(phones), temperature=.9, judge="some-vlm", judge_key="JUDGE_KEY")
+    with Endpoint(lambda goal, picture, request: {"reasoning": "why not", "success": len(endpoint.requests) % 3 == 0}, key) as endpoint:
+        out = execute("collect", tmp_path, repeats=5, judge_url=endpoint.url, **where)
+        execute("evaluate", tmp_path, repeats=2, split="val", order="sequential", judge_url=endpoint.url, **where)
+    assert "data:image/webp;base64," in out
+    assert EpisodeStore(tmp_path/"run"/"episodes").episodes().groupby("task_id").episode.nunique().tolist() == [5, 5]
+    ended = EpisodeStore(tmp_path/"run"/"evaluations"/"behaviour").episodes().drop_duplicates("episode")
+    assert ended.task_id.tolist() == ["few_val-0000", "few_val-0001"]*2
+
+
 def test_evaluate_notebook_reports_the_judge(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", key)
     with Endpoint(lambda goal, picture, request: {"reasoning": "never", "success": False}, key) as endpoint:
