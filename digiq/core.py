@@ -216,7 +216,7 @@ def update_metrics(self:Run,
     **metrics, # merged into metrics.json, level by level
 ) -> dict: # all metrics after the update
     "Add results."
-    merged = _merge(self.metrics(), metrics)
+    merged = _merge(self.metrics(), json.loads(json.dumps(metrics))) # as they are once they are written, names of numbers included
     write_json(self.path/"metrics.json", merged)
     return merged
 

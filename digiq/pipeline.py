@@ -554,7 +554,7 @@ def same_vlm(self:Experiment,
     if not record.exists() or not read_json(record)["done"]: raise ConfigError(f"{path} has no finished stage embeddings to take vectors from")
     theirs, ours = read_json(record)["config"]["preset"]["representation"], json.loads(json.dumps(to_dict(self.preset.representation)))
     files = [sorted(f.name for f in folder.glob("*") if f.suffix == ".safetensors" or f.name == "config.json") for folder in weights]
-    return all(theirs[k] == ours[k] for k in ("side", "embed_dtype", "layers", "questions")) and files[0] == files[1] and not any(filecmp.cmpfiles(*weights, files[0], shallow=False)[1:])
+    return all(theirs.get(k) == ours[k] for k in ("side", "embed_dtype", "layers", "questions")) and files[0] == files[1] and not any(filecmp.cmpfiles(*weights, files[0], shallow=False)[1:])
 
 @patch
 def embed(self:Experiment,
