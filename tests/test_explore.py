@@ -66,6 +66,11 @@ class Show:
 
     def part(self, title): return self.page.locator(f".dq[aria-label='{title}']")
 
+    async def bring(self, title): # into sight, as a reader has it before touching it
+        await self.part(title).first.evaluate("e => e.scrollIntoView({block: 'start'})")
+        await self.page.wait_for_timeout(300)
+        return self.part(title)
+
     async def until(self, what, script, began=None): # script: of `e`, the explorer's element
         title, _, what = what.partition(": ")
         began = began or time.perf_counter()
@@ -111,7 +116,7 @@ def long_pair(view):
 
 
 async def trajectory(it, view, e):
-    part, shown = it.part("Trajectory explorer"), "e.querySelector('.film').dataset.episode"
+    part, shown = await it.bring("Trajectory explorer"), "e.querySelector('.film').dataset.episode"
     await it.took("Trajectory explorer: choose an episode", part.locator(f".list button:nth-child({e + 1})").click(), f"{shown} === '{e}'")
     assert await part.locator(".frame").count() == len(view.steps("episodes", e))
     chosen = lambda k: f"e.querySelectorAll('.frame')[{k}].getAttribute('aria-current') === 'true'"
@@ -128,8 +133,8 @@ async def trajectory(it, view, e):
 
 
 async def actions(it, view, e):
-    part = it.part("Action explorer").first
     await it.until("Action explorer: follows", f"e.querySelector('[data-state]').dataset.state === '{e}/2'")
+    part = (await it.bring("Action explorer")).first
     found, rows = view.candidates("episodes", e, 2)[0], part.locator("tbody tr")
     assert await rows.count() == len(found)
     place = await rows.first.get_attribute("data-candidate")
@@ -142,7 +147,7 @@ async def actions(it, view, e):
 
 
 async def field(it, view, e):
-    part, judged = it.part("Field of Q"), "e.querySelectorAll('table td:first-child').length"
+    part, judged = await it.bring("Field of Q"), "e.querySelectorAll('table td:first-child').length"
     await it.until("Field of Q: all coarse taps", "+e.querySelector('canvas')?.dataset.judged >= 180")
     box = await part.locator(".screen .over").bounding_box()
     click = lambda x, y: it.page.mouse.click(box["x"] + box["width"]*x, box["y"] + box["height"]*y)
@@ -164,7 +169,7 @@ async def field(it, view, e):
 
 async def live(it, view):
     "Play an episode to its end, as the oracle would, by mouse and keyboard."
-    part, taken = it.part("Live phone"), len(view.store("demonstrations")) if "demonstrations" in view.sets() else 0
+    part, taken = await it.bring("Live phone"), len(view.store("demonstrations")) if "demonstrations" in view.sets() else 0
     phone, task = SimPhone(disturbance=view.lab.preset.disturbance), view.lab.tasks("test")[0]
     phone.reset(task, 0)
     await it.until("Live phone: first advice", "e.dataset.advice === '0'")
@@ -188,7 +193,7 @@ async def live(it, view):
 
 
 async def compare(it):
-    part = it.part("Compare agents")
+    part = await it.bring("Compare agents")
     await it.until("Compare agents: screens of the first pair", "e.querySelector('[data-screens=\"0\"]')")
     began = time.perf_counter()
     await it.took("Compare agents: another pair", part.locator(".list button").nth(1).click(), "e.querySelector('[data-chosen=\"1\"] .frame')")
@@ -196,7 +201,7 @@ async def compare(it):
 
 
 async def diagnostics(it):
-    part = it.part("Diagnostics")
+    part = await it.bring("Diagnostics")
     await it.until("Diagnostics: first figure", "e.querySelector('.card img')")
     for name in ("Map of f(s, a)", "ROC of V"):
         began, there = time.perf_counter(), f"e.querySelector('[data-name={json.dumps(name)}]')"
@@ -253,7 +258,7 @@ ActionExplorer(other, set=[s for s in other.sets() if s.startswith("evaluations"
 async def run_notebook(url, view, name, width):
     from playwright.async_api import TimeoutError
     e = long_pair(view)
-    async with show(url, name, width, 14000) as it: # cells that are out of sight are not drawn
+    async with show(url, name, width) as it:
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
         await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
@@ -287,9 +292,10 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
     for c in nb.cells:
         if c.cell_type == "code": c.outputs = []
     nbformat.write(nb, tmp_path/"explore.ipynb")
-    settings = tmp_path/"settings"/"@jupyterlab"/"apputils-extension"
-    settings.mkdir(parents=True)
-    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"theme": f"JupyterLab {theme.title()}"}))
+    for name, value in {"apputils-extension/themes": dict(theme=f"JupyterLab {theme.title()}"), "notebook-extension/tracker": dict(windowingMode="none")}.items(): # cells that are out of sight are drawn, too
+        file = tmp_path/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(value))
     number, token = port(), secrets.token_urlsafe()
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}",
         f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]

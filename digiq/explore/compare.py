@@ -124,6 +124,7 @@ def show(self:CompareRuns):
 async def follow(self:CompareRuns, played):
     "Send the screens of both."
     shots, chosen = [[], []], self.chosen
+    await asyncio.sleep(.05) # what both did comes first
     try:
         for k, (view, stored, episode) in enumerate(played):
             shots[k] = await view.pictures(stored, episode)

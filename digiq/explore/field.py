@@ -67,7 +67,7 @@ def rough(self:Field,
 @patch
 def work(self:Field,
     piece:int=18, # taps in the first piece
-    seconds:float=.1, # that a piece should take
+    seconds:float=.05, # that a piece should take; who asks about a single tap waits as long
 ): # yields after every piece
     "Judge the coarse taps, then the fine ones."
     for todo in (self.coarse, self.rough):

@@ -24,7 +24,7 @@ export default {render({model, el: root}) {
   const sets = el("select", {onchange: e => tell(model, "set", e.target.value)}), go = key => el("input", {type: "number", min: 0, onchange: e => tell(model, key, Math.max(0, Math.round(+e.target.value) || 0))});
   const episode = go("episode"), step = go("step"), by = d => el("button", {"aria-label": d < 0 ? "previous step" : "next step", onclick: () => tell(model, "step", Math.max(0, model.get("step") + d))}, d < 0 ? "◀" : "▶");
   bar.append(labelled("Episodes of", sets), labelled("Episode", episode), labelled("Step", step), by(-1), by(1));
-  const goal = el("input", {type: "text", style: "width: 100%", oninput: () => { clearTimeout(later); later = setTimeout(() => tell(model, "goal", goal.value), 120); }}), recorded = el("button", {onclick: () => tell(model, "goal", model.get("shot").goal)}, "Back to the recorded goal");
+  const goal = el("input", {type: "text", style: "width: 100%", oninput: () => { clearTimeout(later); later = setTimeout(() => tell(model, "goal", goal.value), 60); }}), recorded = el("button", {onclick: () => tell(model, "goal", model.get("shot").goal)}, "Back to the recorded goal");
   const opacity = el("input", {type: "range", min: 0, max: 100, value: 60, "aria-label": "opacity of the field", oninput: e => canvas.style.opacity = e.target.value / 100});
   const text = el("input", {type: "text", "aria-label": "text to type"}), judge = () => model.send({do: "type", text: text.value});
   text.addEventListener("keydown", e => { if (e.key === "Enter") judge(); });
