@@ -89,7 +89,7 @@ CSS = """
 .dq text { font-family: inherit; }
 .dq .phone td:first-child { min-width: 118px; }
 @container (max-width: 900px) { .dq .phone { grid-template-columns: 230px minmax(0, 1fr); gap: 14px; } .dq td { padding: 3px 4px; } .dq th button { padding: 4px 3px; } }
-@container (max-width: 640px) { .dq .split, .dq .phone { grid-template-columns: 1fr; } }
+@container (max-width: 640px) { .dq .split, .dq .phone { grid-template-columns: 1fr; } .dq .screen { max-width: 300px; } }
 """
 
 # %% ../../nbs/70c_explore.page.ipynb #70c-011
