@@ -45,7 +45,6 @@ from .phone import SimPhone
 from .policy import ImageEncoder, Policy
 from .proposals import ProposalConfig
 from .released import load_agent
-from .released import load_agent
 from .representation import RepresentationConfig, model_path
 from .rollout import Rollout
 from .scoring import Reranker, Scorer
@@ -695,30 +694,7 @@ def take_agent(self:Experiment,
     self.checkpoint("digiq", make(policy.save))
     return sizes
 
-# %% ../nbs/65_pipeline.ipynb #65-062
-@patch
-def take_agent(self:Experiment,
-    path:str|Path, # directory of a published agent, see `digiq.released`
-) -> dict: # sizes of its critic
-    "Make a published agent this run's critic and its policy `digiq`. Raises `ConfigError` where it does not fit, or the run has trained its own."
-    self.require("screens", "embeddings")
-    taken = dict(taken_from=Path(path).name)
-    for name in "critic", "digiq":
-        report = self.path/"checkpoints"/name/"report.json"
-        if report.exists() and read_json(report).get("taken_from") != taken["taken_from"]: raise ConfigError(f"{self.path} has a {name} already: choose another run_dir for this agent")
-    policy, critic, _ = load_agent(path, self.preset.policy, self.preset.critic.text_encoder)
-    sizes, found = dict(screen=critic.screen_dim, representation=critic.rep_dim), dict(screen=self.width, representation=Embeddings(self.path/"embeddings").width)
-    if sizes != found: raise ConfigError(f"the agent {path} wants widths {sizes}, this run has {found}: take over the episodes that were published with it")
-    def make(save):
-        def write(p):
-            save(p)
-            return taken
-        return write
-    self.checkpoint("critic", make(critic.save))
-    self.checkpoint("digiq", make(policy.save))
-    return sizes
-
-# %% ../nbs/65_pipeline.ipynb #65-063
+# %% ../nbs/65_pipeline.ipynb #65-061
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
@@ -757,7 +733,7 @@ def rates(self:Experiment) -> dict: # success rates by agent
     if not found: raise DigiqError(f"no agent has been evaluated in {self.path}: call evaluate('behaviour') first")
     return {k: found[k] for k in sorted(found, key=lambda k: (order.index(k) if k in order else len(order), k))}
 
-# %% ../nbs/65_pipeline.ipynb #65-065
+# %% ../nbs/65_pipeline.ipynb #65-063
 @patch
 def judge_agreement(self:Experiment,
     cfg:JudgeSettings, # whom to ask
@@ -779,7 +755,7 @@ def judge_agreement(self:Experiment,
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
     return table
 
-# %% ../nbs/65_pipeline.ipynb #65-067
+# %% ../nbs/65_pipeline.ipynb #65-065
 @patch
 def probes(self:Experiment,
     states:int, # at most
@@ -803,7 +779,7 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 
-# %% ../nbs/65_pipeline.ipynb #65-068
+# %% ../nbs/65_pipeline.ipynb #65-066
 def returns(
     store:EpisodeStore, # finished episodes
     gamma:float, # discount
@@ -833,7 +809,7 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
 
-# %% ../nbs/65_pipeline.ipynb #65-072
+# %% ../nbs/65_pipeline.ipynb #65-070
 def relative(
     q:np.ndarray, # values of actions, float [n]
     v:float, # value of the state
@@ -856,7 +832,7 @@ def free_spot(
         taken.append(box)
         return cx, cy
 
-# %% ../nbs/65_pipeline.ipynb #65-074
+# %% ../nbs/65_pipeline.ipynb #65-072
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -883,7 +859,7 @@ def draw_candidates(
         if not (a.is_tap or a.is_swipe): words.append(f"{'●' if rank == 0 else '○'} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {text}")
     ax.set_xlabel("\n".join(words[:4]), fontsize=7, loc="left")
 
-# %% ../nbs/65_pipeline.ipynb #65-075
+# %% ../nbs/65_pipeline.ipynb #65-073
 def small_picture(
     figure, # of matplotlib
 ) -> Image.Image: # with a palette, which is half of the bytes
@@ -911,7 +887,7 @@ def draw_states(
     figure.colorbar(colours, ax=axes, label="advantage, % of V(s)", shrink=.7, aspect=30)
     return small_picture(figure)
 
-# %% ../nbs/65_pipeline.ipynb #65-076
+# %% ../nbs/65_pipeline.ipynb #65-074
 def vary(
     found:list, # of `digiq.evaluation.Probe`
     n:int, # how many
@@ -930,7 +906,7 @@ def draw_states(self:Experiment,
     q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
     return draw_states(found, q, v)
 
-# %% ../nbs/65_pipeline.ipynb #65-082
+# %% ../nbs/65_pipeline.ipynb #65-080
 def smooth(
     values, # one a minibatch
     window:int=25, # minibatches
