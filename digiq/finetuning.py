@@ -41,6 +41,7 @@ class EffectHead(nn.Module):
     ):
         super().__init__()
         self.model, self.answers, self.mixed = vlm.model, vlm.answer_tokens(), dtype == "bfloat16"
+        self._no_split_modules = [c for c in vlm.model._no_split_modules or () if c in {type(m).__name__ for m in vlm.model.modules()}] # what FSDP gathers at a time
 
     def forward(self,
         inputs:dict, # of `Packed`
@@ -50,6 +51,8 @@ class EffectHead(nn.Module):
         with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, self.mixed):
             hidden = self.model.base_model(**inputs).last_hidden_state[row, column]
             return (hidden @ self.model.get_output_embeddings().weight[self.answers].T).float()
+
+    def tie_weights(self): return self.model.tie_weights() # which `accelerate` asks for where it has moved them
 
 @patch
 def effect_logits(self:VLM,
@@ -195,9 +198,9 @@ def finetune(
     team = _team(device)
     if config.batch % team.num_processes: raise ConfigError(f"representation.batch is {config.batch}, which {team.num_processes} processes cannot share evenly: choose a multiple")
     train, test = heldout(examples, config.heldout, seed)
-    torch.manual_seed(derive_seed(seed, "finetune"))
     rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), [] if losses is None else losses
     skeleton = _skeleton(vlm.model) if team.distributed_type in ("FSDP", "DEEPSPEED") else None
+    torch.manual_seed(derive_seed(seed, "finetune"))
     adapted = [adapters(m, config.lora) for m in (vlm.model, skeleton) if m and config.lora]
     if config.recompute: vlm.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from digiq import actions as A
-from digiq import training
+from digiq import finetuning, training
 from digiq.core import ConfigError, DataError, seed_all
 from digiq.critic import CriticConfig
 from digiq.extraction import Scores
@@ -21,6 +21,7 @@ from digiq.training import ActorConfig, Team, Texts, Transitions, fit_critic, fi
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]
 CRITIC = CriticConfig(text_dim=8, q_hidden=(16,), v_hidden=(16,), dropout=0., state_dropout=0., screen_cells=(1, 1), steps=24, batch=16, lr=1e-2, accumulate=2, v_action="proposal")
+SHARDED = dict(llava={}, adapters=dict(lora=4, recompute=True), qwen=dict(family="qwen"), idefics=dict(family="idefics", recompute=True))
 ACTOR = ActorConfig(steps=8, batch=8, lr=1e-2, accumulate=2)
 
 
@@ -59,8 +60,8 @@ def train_policy(cfg=ACTOR, bookmark=None, dropout=0.):
     return history, {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def finetune_vlm(**cfg):
-    vlm, n = random_vlm("llava"), 40
+def finetune_vlm(family="llava", **cfg):
+    vlm, n = random_vlm(family), 40
     changed = np.arange(n) % 2 == 0
     pictures = np.where(changed[:, None], (200, 30, 30), (30, 30, 200)).astype(np.uint8)[:, None, None].repeat(vlm.side, 1).repeat(vlm.side, 2)
     examples = Examples(pictures, [A.tap(*np.random.default_rng(i).random(2)) for i in range(n)], changed, np.arange(n) // 5)
@@ -79,19 +80,47 @@ def one_of_several(folder):
     torch.save(told, Path(folder)/f"{team.place}.pt")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    "What two processes found, each."
-    folder = tmp_path_factory.mktemp("two")
+def one_of_sharded(folder):
+    "What each process does where no process holds the whole model. Accelerate offers FSDP on GPUs only, but gloo has all that it needs: so its state is told."
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+    from torch.distributed.tensor import DTensor
+    def team(device):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=True, reshard_after_forward=True)
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        told = Accelerator(cpu=True, fsdp_plugin=plugin)
+        told.state._shared_state["fsdp_plugin"] = told.state.fsdp_plugin = plugin
+        PartialState._shared_state["distributed_type"] = told.state.distributed_type = DistributedType.FSDP
+        return told
+    finetuning._team, head, parts = team, finetuning.EffectHead.forward, []
+    def forward(self, *args, **kwargs):
+        layers = [p for p in self.parameters() if isinstance(p, DTensor)]
+        parts.append(sum(p.to_local().numel() for p in layers)/sum(p.numel() for p in layers))
+        return head(self, *args, **kwargs)
+    finetuning.EffectHead.forward = forward
+    told = {name: finetune_vlm(**cfg) for name, cfg in SHARDED.items()}
+    assert parts and all(.4 < part < .6 for part in parts), "each holds half of every layer"
+    torch.save(told, Path(folder)/f"{PartialState().process_index}.pt")
+
+
+def processes(work, folder):
+    "What each of two processes put into `folder`."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-    processes = [subprocess.Popen([sys.executable, "-c", f"import test_several; test_several.one_of_several({str(folder)!r})"], env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", f"import test_several; test_several.{work}({str(folder)!r})"], env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stderr=subprocess.PIPE, text=True) for i in range(2)]
     for p in processes:
         _, err = p.communicate(timeout=600)
         assert p.returncode == 0, err[-3000:]
     return [torch.load(folder/f"{i}.pt", weights_only=True) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory): return processes("one_of_several", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory): return processes("one_of_sharded", tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy), ("representation", finetune_vlm)])
@@ -104,6 +133,17 @@ def test_two_processes_equal_one(two, what, alone):
         if what == "critic": # 12 updates of 1e-2; the order of a minibatch's rows alone makes 6e-6, by rounding
             away = {k: (theirs[k] - w).abs().max().item() for k, w in weights.items() if w.numel()}
             assert max(away.values()) < 1e-4, away
+
+
+@pytest.mark.parametrize("what", SHARDED)
+def test_a_model_in_two_halves_learns_what_a_whole_one_does(sharded, what):
+    history, weights = finetune_vlm(**SHARDED[what])
+    (first, theirs), (second, nothing) = (told[what] for told in sharded)
+    assert first == second and [h["loss"] for h in first] == pytest.approx([h["loss"] for h in history], abs=1e-5)
+    assert nothing is None and theirs.keys() == weights.keys(), "its parts come together on the first process"
+    away = {k: (theirs[k] - w).abs().max().item() for k, w in weights.items()}
+    assert max(away.values()) < 1e-4, away
+    assert history[-1]["loss"] < history[0]["loss"]
 
 
 class Cut(Exception):
