@@ -2,7 +2,7 @@
 import hashlib, os, random, shutil, signal, socket, subprocess, sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from digiq.devices.adbd import LARGEST, Adbd, adb_server, pack
@@ -112,6 +112,8 @@ def test_bytes_that_are_no_protocol_do_nothing(phones):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("ab ';\"\\$&|\n\t%*~#(`é"), max_size=12))
+@example("\\; \\\n")
+@example("a\\\nb")
 def test_the_shell_takes_a_line_as_a_real_one_does_or_not_at_all(words):
     line = f"printf '[%s]' {words}"
     try: (_, (_, _, *mine)), = parse_line(line)

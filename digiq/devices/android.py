@@ -40,14 +40,13 @@ def _tokens(line):
     while at < len(line):
         m = _TOKEN.match(line, at)
         if not m: raise ShellError(f"sh: syntax not supported at {line[at:at + 20]!r}", 2)
-        yield m.lastgroup, m[m.lastgroup]
+        if m[0] != "\\\n": yield m.lastgroup, m[m.lastgroup] # which only breaks a line in two
         at = m.end()
     yield "join", "\n"
 
 def _literal(kind, text): # what a piece of a word stands for; None for the status
     if kind == "status": return None
-    if kind == "double": return re.sub(r'\\([$`"\\\n])', lambda m: m[1].strip("\n"), text)
-    return "" if (kind, text) == ("escaped", "\n") else text
+    return re.sub(r'\\([$`"\\\n])', lambda m: m[1].strip("\n"), text) if kind == "double" else text
 
 # %% ../../nbs/20_devices.android.ipynb #20-006
 def parse_line(
