@@ -119,7 +119,7 @@ def encode_screen(
 ) -> bytes: # lossless WebP
     "Compress a screen."
     out = io.BytesIO()
-    screen.save(out, "WEBP", lossless=True, method=0, quality=50)
+    screen.save(out, "WEBP", lossless=True, method=0, quality=100)
     return out.getvalue()
 
 def decode_screen(

@@ -22,6 +22,7 @@ chromium = shutil.which("chromium") or shutil.which("chromium-browser")
 if not chromium and os.environ.get("DIGIQ_CI"): raise RuntimeError("Chromium is missing: apt-get install chromium")
 in_browser = pytest.mark.skipif(not chromium, reason="Chromium is missing: apt-get install chromium")
 WAIT = 120_000 # ms, on a busy machine
+PRESSED = 60 # ms that a finger stays on the button
 HOSTILE = "<img src=x onerror='window.hacked=1'>"
 
 
@@ -56,7 +57,7 @@ def server(command, log, **kwargs):
 
 
 class Show:
-    "A page of a browser; `times` is how long things took, in ms."
+    "A page of a browser; `times` is how long things took, in ms, from an input to the frame that shows its result, by the page's own clock."
     def __init__(self, page, name): self.page, self.name, self.times, self.outside = page, name, {}, []
 
     async def local(self, route): # nothing may be fetched from elsewhere
@@ -71,16 +72,15 @@ class Show:
         await self.page.wait_for_timeout(300)
         return self.part(title)
 
-    async def until(self, what, script, began=None): # script: of `e`, the explorer's element
+    async def until(self, what, script): # script: of `e`, the explorer's element. How long after the last input that reached the page did a frame show it?
         title, _, what = what.partition(": ")
-        began = began or time.perf_counter()
-        await self.page.wait_for_function(f"(() => {{ const e = document.querySelector(`.dq[aria-label='{title}']`); return e && ({script}); }})()", polling="raf")
-        self.times[f"{title}: {what}"] = round(1000*(time.perf_counter() - began))
+        seen = await self.page.wait_for_function(f"(() => {{ const e = document.querySelector(`.dq[aria-label='{title}']`); return e && ({script}) && {{ms: performance.now() - window.began}}; }})()", polling="raf")
+        self.times[f"{title}: {what}"] = round((await seen.json_value())["ms"])
 
     async def took(self, what, do, script): # do something, and wait for its result
-        began = time.perf_counter()
+        await self.page.evaluate("window.began = null")
         await do
-        await self.until(what, script, began)
+        await self.until(what, script)
 
     async def picture(self, name):
         if folder := os.environ.get("DIGIQ_SCREENSHOTS"):
@@ -98,6 +98,7 @@ async def show(url, name, width=1300, height=1000):
         page.set_default_timeout(WAIT)
         it = Show(page, name)
         await page.route("**/*", it.local)
+        await page.add_init_script("for (const kind of ['pointerup', 'keydown', 'input']) addEventListener(kind, e => { window.began = e.timeStamp; }, true)")
         for _ in range(240):
             try: await page.goto(url); break
             except Exception: await asyncio.sleep(.5)
@@ -117,10 +118,10 @@ def long_pair(view):
 
 async def trajectory(it, view, e):
     part, shown = await it.bring("Trajectory explorer"), "e.querySelector('.film').dataset.episode"
-    await it.took("Trajectory explorer: choose an episode", part.locator(f".list button:nth-child({e + 1})").click(), f"{shown} === '{e}'")
+    await it.took("Trajectory explorer: choose an episode", part.locator(f".list button:nth-child({e + 1})").click(delay=PRESSED), f"{shown} === '{e}'")
     assert await part.locator(".frame").count() == len(view.steps("episodes", e))
     chosen = lambda k: f"e.querySelectorAll('.frame')[{k}].getAttribute('aria-current') === 'true'"
-    await it.took("Trajectory explorer: choose a step", part.locator(".frame:nth-child(2)").click(), chosen(1))
+    await it.took("Trajectory explorer: choose a step", part.locator(".frame:nth-child(2)").click(delay=PRESSED), chosen(1))
     await it.took("Trajectory explorer: next step by key", it.page.keyboard.press("ArrowRight"), chosen(2))
     v = view.values("episodes", e)[1][2]
     said = await part.locator(".facts b").nth(1).inner_text()
@@ -143,7 +144,7 @@ async def actions(it, view, e):
     await rows.first.click()
     taps = found[found.words.str.startswith("tap")]
     if len(taps): assert await part.locator(".screen .mark").count() >= len(taps)
-    await it.took("Action explorer: next step", part.locator("[aria-label='next step']").click(), f"e.querySelector('[data-state]').dataset.state === '{e}/3'")
+    await it.took("Action explorer: next step", part.locator("[aria-label='next step']").click(delay=PRESSED), f"e.querySelector('[data-state]').dataset.state === '{e}/3'")
 
 
 async def field(it, view, e):
@@ -164,7 +165,7 @@ async def field(it, view, e):
     q = view.combine(view.score(view.state("episodes", e, 3), [render(type_text(HOSTILE))], goal)[0])[0]
     said = await part.locator("tbody tr:first-child td:nth-child(4)").inner_text()
     assert abs(float(said.replace("−", "-")) - q) < max(.001, .05*abs(q)), (said, q)
-    await it.took("Field of Q: back to the recorded goal", part.locator("button:has-text('Back to the recorded goal')").click(), f"e.querySelector('canvas').dataset.goal === {json.dumps(view.state('episodes', e, 3).goal)}")
+    await it.took("Field of Q: back to the recorded goal", part.locator("button:has-text('Back to the recorded goal')").click(delay=PRESSED), f"e.querySelector('canvas').dataset.goal === {json.dumps(view.state('episodes', e, 3).goal)}")
 
 
 async def live(it, view):
@@ -185,7 +186,7 @@ async def live(it, view):
         elif action.kind == "TYPE":
             await part.locator("[aria-label='text to type']").fill(action.text)
             do = it.page.keyboard.press("Enter")
-        else: do = part.locator(f"button:has-text('{action.kind.removeprefix('PRESS_').lower()}')").click()
+        else: do = part.locator(f"button:has-text('{action.kind.removeprefix('PRESS_').lower()}')").click(delay=PRESSED)
         await it.took(f"Live phone: {action.kind.lower()} {step}", do, f"+e.dataset.step === {step + 1}")
         perform(phone, action)
     assert await part.get_attribute("data-reward") == "1"
@@ -195,25 +196,24 @@ async def live(it, view):
 async def compare(it):
     part = await it.bring("Compare agents")
     await it.until("Compare agents: screens of the first pair", "e.querySelector('[data-screens=\"0\"]')")
-    began = time.perf_counter()
-    await it.took("Compare agents: another pair", part.locator(".list button").nth(1).click(), "e.querySelector('[data-chosen=\"1\"] .frame')")
-    await it.until("Compare agents: its screens, played again", "e.querySelector('[data-screens=\"1\"]')", began)
+    await it.took("Compare agents: another pair", part.locator(".list button").nth(1).click(delay=PRESSED), "e.querySelector('[data-chosen=\"1\"] .frame')")
+    await it.until("Compare agents: its screens, played again", "e.querySelector('[data-screens=\"1\"]')")
 
 
 async def diagnostics(it):
     part = await it.bring("Diagnostics")
     await it.until("Diagnostics: first figure", "e.querySelector('.card img')")
     for name in ("Map of f(s, a)", "ROC of V"):
-        began, there = time.perf_counter(), f"e.querySelector('[data-name={json.dumps(name)}]')"
-        await it.took(f"Diagnostics: {name}, answer", part.locator(f"[role=tab]:has-text('{name}')").click(), there)
-        await it.until(f"Diagnostics: {name}, drawn", f"{there}?.querySelector('img')", began)
+        there = f"e.querySelector('[data-name={json.dumps(name)}]')"
+        await it.took(f"Diagnostics: {name}, answer", part.locator(f"[role=tab]:has-text('{name}')").click(delay=PRESSED), there)
+        await it.until(f"Diagnostics: {name}, drawn", f"{there}?.querySelector('img')")
 
 
 async def see_all(url, view, name, width):
     e = long_pair(view)
     async with show(url, name, width) as it:
         async def tab(title, explorer, selector):
-            await it.took(f"{explorer}: first picture", it.page.click(f".lm-TabBar-tab:has-text('{title}')"), f"e.querySelector('{selector}')")
+            await it.took(f"{explorer}: first picture", it.page.click(f".lm-TabBar-tab:has-text('{title}')", delay=PRESSED), f"e.querySelector('{selector}')")
         await it.page.wait_for_selector(".dq .frame")
         await trajectory(it, view, e)
         await it.picture("trajectory")
@@ -256,22 +256,19 @@ ActionExplorer(other, set=[s for s in other.sets() if s.startswith("evaluations"
 
 
 async def run_notebook(url, view, name, width):
-    from playwright.async_api import TimeoutError
     e = long_pair(view)
     async with show(url, name, width) as it:
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
-        await page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-        for _ in range(12): # JupyterLab says idle before it is connected to the kernel, and then runs nothing
-            await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
-            await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-            try: await page.wait_for_function(r"[...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[[*\d]/.test(e.textContent))", timeout=10_000); break
-            except TimeoutError: pass
+        await page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'") # before that, it runs nothing
+        await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+        await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
         await page.wait_for_selector(".dq >> nth=6", state="attached")
         found = await page.evaluate("[...document.querySelectorAll('.dq')].map(e => e.getAttribute('aria-label'))")
         assert found == ["Trajectory explorer", "Action explorer", "Field of Q", "Live phone", "Compare agents", "Diagnostics", "Action explorer"]
         assert await it.part("Action explorer").nth(1).locator("tbody tr").count() == 64
+        for drawn in (".dq[aria-label='Field of Q'] [data-done=true]", ".dq[aria-label='Diagnostics'] img"): await page.wait_for_selector(drawn, state="attached") # it has come to rest
         await trajectory(it, view, e)
         await actions(it, view, e + 1)
         await field(it, view, e + 1)
@@ -298,7 +295,7 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
         file.write_text(json.dumps(value))
     number, token = port(), secrets.token_urlsafe()
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}",
-        f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]
+        f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]
     with server(command, tmp_path/"log", cwd=tmp_path):
         asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}", RunView(run_dir), f"{theme}-{width}", width))
 

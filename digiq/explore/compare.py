@@ -22,15 +22,17 @@ from .run import RunView
 COMPARE_JS = r"""
 export default {render({model, el: root}) {
   const {note, bar} = begin(root, "Compare agents", model);
-  const pick = key => el("select", {onchange: e => tell(model, key, e.target.value)}), one = pick("one"), other = pick("other"), only = options(el("select", {onchange: () => draw()}), ["all", "outcomes that differ", "both succeed", "both fail"], "all"), find = el("input", {type: "search", placeholder: "words of the goal", oninput: () => draw()});
+  const choice = key => el("select", {onchange: e => tell(model, key, e.target.value)}), one = choice("one"), other = choice("other"), only = options(el("select", {onchange: () => draw()}), ["all", "outcomes that differ", "both succeed", "both fail"], "all"), find = el("input", {type: "search", placeholder: "words of the goal", oninput: () => draw()});
   bar.append(labelled("Agent A", one), labelled("Agent B", other), labelled("Show", only), labelled("Search", find));
-  const list = el("div", {class: "list", role: "group", "aria-label": "episodes that both played"}), goal = el("div", {class: "goal"}), strips = el("div"), rates = el("div", {style: "margin-top: 14px"});
+  const list = el("div", {class: "list", role: "group", "aria-label": "episodes that both played"}), goal = el("div", {class: "goal"}), strips = el("div"), rates = el("div", {class: "tables"});
   root.append(bar, note, el("div", {class: "split"}, list, el("div", {style: "min-width: 0"}, goal, strips)), rates);
   const draw = () => {
     const text = find.value.trim().toLowerCase(), keep = {"all": () => true, "outcomes that differ": r => r.a !== r.b, "both succeed": r => r.a && r.b, "both fail": r => !r.a && !r.b}[only.value];
     const rows = model.get("rows").map((r, i) => [r, i]).filter(([r]) => keep(r) && (!text || r.goal.toLowerCase().includes(text)));
-    put(list, ...rows.slice(0, 300).map(([r, i]) => el("button", {"aria-current": i === model.get("chosen"), onclick: () => tell(model, "chosen", i)}, el("span", {class: "soft"}, i), el("span", {class: "what", title: r.goal}, r.goal), el("span", {class: "soft"}, `A ${r.a ? "★" : "–"}  B ${r.b ? "★" : "–"}`))), el("div", {class: "more soft"}, `${rows.length} of ${model.get("rows").length} episodes` + (rows.length > 300 ? ", 300 listed" : "")));
+    put(list, ...rows.slice(0, 300).map(([r, i]) => el("button", {"data-key": i, onclick: () => tell(model, "chosen", i)}, el("span", {class: "soft"}, i), el("span", {class: "what", title: r.goal}, r.goal), el("span", {class: "soft"}, `A ${r.a ? "★" : "–"}  B ${r.b ? "★" : "–"}`))), el("div", {class: "more soft"}, `${rows.length} of ${model.get("rows").length} episodes` + (rows.length > 300 ? ", 300 listed" : "")));
+    drawChosen();
   };
+  const drawChosen = () => pick(list, model.get("chosen"));
   const drawPair = () => {
     const p = model.get("pair");
     if (!p.sides) { put(goal); put(strips); return; }
@@ -49,13 +51,12 @@ export default {render({model, el: root}) {
     strips.dataset.screens = s.shots.every(x => x.length) ? s.chosen : "";
   };
   const drawRates = () => {
-    const r = model.get("rates");
-    if (!r.length) { put(rates); return; }
-    put(rates, el("div", {class: "scroll"}, el("table", {}, el("thead", {}, el("tr", {}, ...["success, % [95% interval]", "A", "B", "episodes"].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))), el("tbody", {}, ...r.map(x => el("tr", {}, el("td", {}, x.name), el("td", {}, x.a), el("td", {}, x.b), el("td", {}, x.n)))))));
+    const table = (title, rows) => el("div", {class: "scroll", style: "max-height: 230px"}, el("table", {}, el("thead", {}, el("tr", {}, ...[title, "A", "B", "episodes"].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))), el("tbody", {}, ...rows.map(x => el("tr", {}, el("td", {}, x.name), el("td", {}, x.a), el("td", {}, x.b), el("td", {}, x.n))))));
+    put(rates, ...(model.get("rates").length ? [table("success, % [95% interval]", model.get("rates")), table("successes by task, where they differ most first", model.get("by_task"))] : []));
   };
   const where = () => { options(one, model.get("agents"), model.get("one")); options(other, model.get("agents"), model.get("other")); };
   for (const k of ["agents", "one", "other"]) model.on(`change:${k}`, where);
-  model.on("change:rows", draw); model.on("change:chosen", draw); model.on("change:pair", drawPair); model.on("change:screens", drawScreens); model.on("change:rates", drawRates);
+  model.on("change:rows", draw); model.on("change:chosen", drawChosen); model.on("change:pair", drawPair); model.on("change:screens", drawScreens); model.on("change:rates", drawRates); model.on("change:by_task", drawRates);
   where(); draw(); drawPair(); drawRates();
 }};
 """
@@ -72,6 +73,7 @@ class CompareRuns(Explorer):
     pair = T.Dict().tag(sync=True) # both episodes
     screens = T.Dict().tag(sync=True) # `chosen`, `size`, and `shots` of both, as far as they have been played again
     rates = T.List().tag(sync=True) # success by level
+    by_task = T.List().tag(sync=True) # successes of each task
 
     def __init__(self,
         run:RunView|str, # a run, or its directory
@@ -98,21 +100,27 @@ def match(self:CompareRuns):
     self.both = ended[0].merge(ended[1], on=["task_id", "seed"], suffixes=("_a", "_b"))
     with self.hold_sync():
         self.rows = [dict(goal=r.goal_a, a=bool(r.success_a), b=bool(r.success_b)) for r in self.both.itertuples()]
-        self.rates, self.pair, self.screens, self.note, self.chosen = [], {}, {}, "", 0
+        self.rates, self.by_task, self.pair, self.screens, self.note, self.chosen = [], [], {}, {}, "", 0
         if not self.rows: self.note = f"{self.one} and {self.other} have no episode of the same task and seed"; return
         a, b = (success(self.both.rename(columns={f"success_{s}": "success", "level_a": "level"})[["success", "level"]]) for s in "ab")
         cell = lambda r: f"{100*r['mean']:.1f} [{100*r['low']:.1f}, {100*r['high']:.1f}]"
         names = {"all": (a, b), **{f"level {k}": (a["levels"][k], b["levels"][k]) for k in a["levels"]}}
         self.rates = [dict(name=k, a=cell(x), b=cell(y), n=x["episodes"]) for k, (x, y) in names.items()]
+        tasks = self.both.groupby("goal_a").agg(a=("success_a", "sum"), b=("success_b", "sum"), n=("seed", "size"))
+        apart = ((tasks.b - tasks.a)/tasks.n).abs().sort_values(ascending=False, kind="stable").index
+        self.by_task = [dict(name=r.Index, a=int(r.a), b=int(r.b), n=int(r.n)) for r in tasks.loc[apart].itertuples()]
     self.show()
+
+@patch
+def played(self:CompareRuns, place): # run, set and episode of both
+    return [(*self.places[self.one], int(self.both.episode_a.iloc[place])), (*self.places[self.other], int(self.both.episode_b.iloc[place]))]
 
 @patch
 def show(self:CompareRuns):
     "Send what both did, and then their screens."
     if self.task: self.task.cancel()
     if not 0 <= self.chosen < len(self.rows): return
-    r = self.both.iloc[self.chosen]
-    played = [(*self.places[self.one], int(r.episode_a)), (*self.places[self.other], int(r.episode_b))]
+    r, played = self.both.iloc[self.chosen], self.played(self.chosen)
     rows = [view.steps(stored, episode) for view, stored, episode in played]
     sides = [dict(name=name, success=bool(x.reward.max() >= 1), steps=[plain(s.action) | dict(step=int(s.step), reward=round(float(s.reward), 3), error=s.error) for s in x.itertuples()]) for name, x in zip((self.one, self.other), rows)]
     with self.hold_sync():
@@ -129,6 +137,8 @@ async def follow(self:CompareRuns, played):
         for k, (view, stored, episode) in enumerate(played):
             shots[k] = await view.pictures(stored, episode)
             self.screens = dict(chosen=chosen, shots=list(shots), size=decode_screen(shots[k][0]).size)
+        if chosen + 1 < len(self.rows): # who goes down the list finds the next pair played already
+            for view, stored, episode in self.played(chosen + 1): await view.pictures(stored, episode)
     except DigiqError as e: self.note = str(e)
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-009

@@ -38,7 +38,8 @@ def number(
 CSS = """
 .dq { --fg: var(--jp-ui-font-color1, #1f2328); --soft: var(--jp-ui-font-color2, #5a6270); --bg: var(--jp-layout-color1, #fff); --card: var(--jp-layout-color2, #f2f4f7);
   --line: var(--jp-border-color2, #d0d7de); --accent: #1a7fc4; --done: #e0218a; color: var(--fg); background: var(--bg); font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);
-  border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; box-sizing: border-box; width: 100%; container-type: inline-size; }
+  border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; box-sizing: border-box; width: 100%; container-type: inline-size;
+  content-visibility: auto; contain-intrinsic-size: auto 620px; } /* what is out of sight costs nothing */
 .dq * { box-sizing: border-box; }
 .dq h3 { font-size: 15px; font-weight: 600; margin: 0; }
 .dq .bar { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; margin-bottom: 12px; }
@@ -86,6 +87,7 @@ CSS = """
 .dq .card { background: #fff; border-radius: 8px; padding: 10px; display: inline-block; max-width: 100%; } .dq .card img { max-width: 100%; display: block; }
 .dq progress { width: 100%; height: 6px; accent-color: var(--accent); }
 .dq .side > * + * { margin-top: 12px; }
+.dq .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; margin-top: 14px; }
 .dq text { font-family: inherit; }
 .dq .phone td:first-child { min-width: 118px; }
 @container (max-width: 900px) { .dq .phone { grid-template-columns: 230px minmax(0, 1fr); gap: 14px; } .dq td { padding: 3px 4px; } .dq th button { padding: 4px 3px; } }
@@ -123,11 +125,18 @@ const begin = (root, title, model) => { // what every explorer begins with
   root.classList.add("dq");
   root.setAttribute("role", "region"); root.setAttribute("aria-label", title);
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys stay out
-  root.addEventListener("keydown", e => e.stopPropagation());
+  for (const kind of ["keydown", "mousedown"]) root.addEventListener(kind, e => e.stopPropagation()); // nor does it look for a cell at every click
   const note = el("div", {class: "note", role: "status", "aria-live": "polite"});
   const say = () => put(note, model.get("note"));
   model.on("change:note", say); say();
   return {note, bar: el("div", {class: "bar"}, el("h3", {}, title))};
+};
+const pick = (list, key) => { // mark the chosen entry of a list and bring it into sight; whether it is there
+  const now = list.querySelector(`[data-key="${key}"]`);
+  list.querySelector("[aria-current=true]")?.setAttribute("aria-current", false);
+  now?.setAttribute("aria-current", true);
+  if (now) list.scrollTop = Math.min(Math.max(list.scrollTop, now.offsetTop - list.offsetTop + now.offsetHeight - list.clientHeight), now.offsetTop - list.offsetTop);
+  return Boolean(now);
 };
 const tell = (model, key, value) => { model.set(key, value); model.save_changes(); };
 """
@@ -218,12 +227,15 @@ class Explorer(anywidget.AnyWidget):
         try: return call(*args, **kwargs)
         except DigiqError as e: self.note = str(e)
 
+    def prepare(self, *where): pass # what takes long of showing it, in a thread: to be remembered until it is shown
+
     def go_with(self, lead, names=("set", "episode", "step")): # show what another explorer shows; and the other way round
         def go():
             with self.hold_trait_notifications():
                 for n in names: setattr(self, n, getattr(lead, n))
         async def rest(): # the other one answers first, and its reader may be passing through
-            await asyncio.sleep(.1)
+            await asyncio.sleep(.2)
+            await asyncio.to_thread(self.attempt, self.prepare, *(getattr(lead, n) for n in names))
             go()
         def later(_):
             if self.going: self.going.cancel()

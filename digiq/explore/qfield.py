@@ -41,7 +41,7 @@ export default {render({model, el: root}) {
     if (!s.size) return;
     const H = tall(s.size), svg = screen(s.picture, s.size, "screen with the field of Q");
     const over = el("svg", {class: "over", viewBox: `0 0 ${W} ${H}`, tabindex: 0, role: "application", "aria-label": "judge a tap: arrow keys move, Enter judges", style: "cursor: crosshair"});
-    over.addEventListener("pointerdown", e => { const b = over.getBoundingClientRect(); model.send({do: "tap", y: (e.clientY - b.top) / b.height, x: (e.clientX - b.left) / b.width}); });
+    over.addEventListener("pointerup", e => { const b = over.getBoundingClientRect(); model.send({do: "tap", y: (e.clientY - b.top) / b.height, x: (e.clientX - b.left) / b.width}); });
     over.addEventListener("keydown", e => {
       const d = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[e.key];
       if (d) { cross = {y: Math.min(Math.max(cross.y + d[0] / 60, .5 / 60), 59.5 / 60), x: Math.min(Math.max(cross.x + d[1] / 27, .5 / 27), 26.5 / 27)}; drawJudged(); e.preventDefault(); }

@@ -49,12 +49,12 @@ export default {render({model, el: root}) {
     const text = find.value.trim().toLowerCase(), rows = model.get("rows");
     shown = rows.filter(r => (won.value === "all" || r.success === (won.value === "success")) && (!text || String(r.episode) === text || r.goal.toLowerCase().includes(text))).sort(ORDERS[order.value]);
     const at = shown.findIndex(r => r.episode === model.get("episode")), from = Math.max(0, Math.min(at - 100, shown.length - 200));
-    put(list, ...shown.slice(from, from + 200).map(r => el("button", {"aria-current": r.episode === model.get("episode"), onclick: () => tell(model, "episode", r.episode)},
+    put(list, ...shown.slice(from, from + 200).map(r => el("button", {"data-key": r.episode, onclick: () => tell(model, "episode", r.episode)},
       el("span", {class: "soft"}, r.episode), el("span", {class: "what", title: r.goal}, r.goal), el("span", {class: r.success ? "win" : "soft"}, r.success ? "★" : "–", ` ${r.steps}`))),
       el("div", {class: "more soft"}, `${shown.length} of ${rows.length} episodes` + (shown.length > 200 ? ", 200 listed" : "")));
-    const now = list.querySelector("[aria-current=true]");
-    if (now) list.scrollTop = Math.min(Math.max(list.scrollTop, now.offsetTop - list.offsetTop + now.offsetHeight - list.clientHeight), now.offsetTop - list.offsetTop);
+    pick(list, model.get("episode"));
   };
+  const drawEpisode = () => { if (!pick(list, model.get("episode")) && shown.some(r => r.episode === model.get("episode"))) draw(); };
   const choose = k => { if (k >= 0 && k < model.get("strip").steps.length) tell(model, "step", k); };
   const drawStrip = () => {
     const s = model.get("strip");
@@ -80,7 +80,7 @@ export default {render({model, el: root}) {
     if (across || down) e.preventDefault();
   });
   const drawSets = () => options(sets, model.get("sets"), model.get("set"));
-  model.on("change:rows", draw); model.on("change:episode", draw); model.on("change:strip", drawStrip); model.on("change:step", drawStep); model.on("change:sets", drawSets); model.on("change:set", drawSets);
+  model.on("change:rows", draw); model.on("change:episode", drawEpisode); model.on("change:strip", drawStrip); model.on("change:step", drawStep); model.on("change:sets", drawSets); model.on("change:set", drawSets);
   drawSets(); draw(); drawStrip();
 }};
 """
@@ -198,6 +198,8 @@ class ActionExplorer(Explorer):
         self.observe(lambda _: self.attempt(self.show), ["set", "episode", "step"])
         if follow: self.go_with(follow)
         self.attempt(self.show)
+
+    def prepare(self, *where): self.run.candidates(*where)
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-012
 @patch

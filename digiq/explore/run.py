@@ -173,14 +173,14 @@ def picture(self:RunView,
     path, row = self.store(name).index.place(episode, step)
     size = _group_size(path)
     data = _pictures(path, row // size)[row % size].as_py()
-    return self.remembered(("replay", name, episode), lambda: list(self._replay(name, episode)))[step] if data is None else data
+    return self.remembered(("replay", name, episode), lambda: [*map(encode_screen, self._replay(name, episode))])[step] if data is None else data
 
 @patch
 def _replay(self:RunView, name, episode):
     rows = self.steps(name, episode)
     split = rows.task_id.iloc[0].split("-")[1]
     tasks = self.lab.tasks(split)
-    for screen, *_ in rollout.replay(self.store(name), episode, tasks, self.lab.make_env(tasks, self.lab.preset.horizon)): yield encode_screen(screen)
+    for screen, *_ in rollout.replay(self.store(name), episode, tasks, self.lab.make_env(tasks, self.lab.preset.horizon)): yield screen
 
 @patch
 async def pictures(self:RunView,
@@ -193,8 +193,9 @@ async def pictures(self:RunView,
     if key not in self.memory and _pictures(path, row // _group_size(path))[row % _group_size(path)].as_py() is None:
         made = []
         for shot in self._replay(name, episode):
-            made.append(shot)
+            made.append(asyncio.create_task(asyncio.to_thread(encode_screen, shot)))
             await asyncio.sleep(0)
+        made = await asyncio.gather(*made)
         self.remembered(key, lambda: made)
     return [self.picture(name, episode, s) for s in rows.step]
 
