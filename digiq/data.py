@@ -215,6 +215,14 @@ def write_shard(self:EpisodeStore,
 
 # %% ../nbs/30_data.ipynb #30-033
 @patch
+def rows(self:EpisodeStore,
+    index:int, # number of a shard
+) -> list[dict]: # as `write_shard` takes them, screens compressed
+    "All of a shard. Raises `DataError` where it is missing."
+    if not (path := self.shards.found().get(index)): raise DataError(f"{self.shards.path} has no shard {index}")
+    return [r | {"screen": r["screen"] and r["screen"]["bytes"]} for r in pq.read_table(path).to_pylist()]
+
+@patch
 def episodes(self:EpisodeStore) -> pd.DataFrame: # a row a step, every column but `screen`
     "The steps of all episodes, without pictures. Raises `DataError` where a shard is missing or damaged."
     return self.index.table.to_pandas()

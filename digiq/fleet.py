@@ -6,9 +6,10 @@
 __all__ = ['FleetSettings', 'Batcher', 'Worker', 'Fleet', 'collect_fleet', 'interval', 'Display']
 
 # %% ../nbs/33_fleet.ipynb #33-002
-import queue, threading, time
+import queue, shutil, threading, time
 from collections import Counter, deque
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from .core import DigiqError, Run, derive_seed, progress
 from .data import EpisodeStore
 from .env import DeviceError
+from .judges import JudgeError
 from .rollout import Player, Rollout, asked, counts, schedule
 
 # %% ../nbs/33_fleet.ipynb #33-005
@@ -27,8 +29,10 @@ class FleetSettings:
     batch:int=64 # screens at most that the policy answers at once
     window:float=.02 # seconds that a screen waits for others
     limit:float=120. # seconds for a reset or a step, with its judge; the device's own limits should be shorter
-    tries:int=5 # of an episode; also failures in a row after which a device is left alone
+    start:float=1500. # seconds for making a device: an emulator boots, perhaps more than once
+    tries:int=5 # of an episode; also failures in a row after which a device is left alone for a long time
     rest:float=1. # seconds before a failed device is made anew; doubled with every failure in a row
+    longest:float=300. # of these rests; and how long a device is left alone
 
 # %% ../nbs/33_fleet.ipynb #33-007
 class Batcher:
@@ -37,23 +41,26 @@ class Batcher:
         policy, # with `act(goals, histories, screens, before, n, temperature)`
         temperature:float, # of its sampling
         cfg:FleetSettings,
-    ): self.policy, self.temperature, self.cfg, self.asked, self.sizes = policy, temperature, cfg, queue.Queue(), Counter()
+    ): self.policy, self.temperature, self.cfg, self.asked, self.sizes, self.over, self.error = policy, temperature, cfg, queue.Queue(), Counter(), threading.Event(), None
 
     def ask(self,
         *seen, # goal, history, screen, the screen before
     ) -> str: # an action
-        "Wait for the answer; an exception of the policy is raised here too."
+        "Wait for the answer. Raises `DeviceError` where none will come; why is `error`."
         answer = Future()
         self.asked.put((answer, seen))
+        while not wait([answer], .5).done:
+            if self.over.is_set(): raise DeviceError("the policy answers no more")
         return answer.result()
 
     def serve(self,
         stop:threading.Event, # ends it
     ):
         "Answer until stopped."
-        while not stop.is_set():
-            if batch := self._gather(): self._answer(batch)
-        while not self.asked.empty(): self.asked.get()[0].set_exception(DeviceError("stopped"))
+        try:
+            while not stop.is_set():
+                if batch := self._gather(): self._answer(batch)
+        finally: self.over.set()
 
 # %% ../nbs/33_fleet.ipynb #33-008
 @patch
@@ -69,18 +76,21 @@ def _gather(self:Batcher):
 @patch
 def _answer(self:Batcher, batch):
     self.sizes[len(batch)] += 1
-    try: answers = self.policy.act(*map(list, zip(*(seen for _, seen in batch))), n=1, temperature=self.temperature)
+    try:
+        answers = self.policy.act(*map(list, zip(*(seen for _, seen in batch))), n=1, temperature=self.temperature)
+        if [len(a) for a in answers] != [1]*len(batch): raise DigiqError(f"the policy must answer {len(batch)} screens with a list of one action for each, not with {str(answers)[:100]}")
     except Exception as e:
-        for future, _ in batch: future.set_exception(e)
+        self.error = e
+        for future, _ in batch: future.set_exception(DeviceError("the policy failed"))
     else:
-        for (future, _), (action,) in zip(batch, answers, strict=True): future.set_result(action)
+        for (future, _), (action,) in zip(batch, answers): future.set_result(action)
 
 # %% ../nbs/33_fleet.ipynb #33-010
 class Worker:
     "A device of a fleet. `state` is starting, idle, playing, resting or retired."
     def __init__(self,
         make, # () -> DeviceEnv; called again after a failure
-    ): self.make, self.state, self.attempt, self.since, self.job, self.failures, self.episodes, self.why = make, "starting", 0, None, None, 0, 0, ""
+    ): self.make, self.state, self.attempt, self.clock, self.job, self.failures, self.episodes, self.why = make, "starting", 0, None, None, 0, 0, ""
 
 class Fleet:
     "Workers, the episodes that wait, and those that are played."
@@ -93,6 +103,7 @@ class Fleet:
         self.workers, self.cfg, self.screens = [Worker(m) for m in makers], cfg, rollout.screens
         self.batcher = Batcher(policy, rollout.temperature, cfg)
         self.lock, self.stop, self.waiting, self.played, self.tries, self.error = threading.RLock(), threading.Event(), deque(), queue.Queue(), Counter(), None
+        self.threads, self.unjudged = [], 0 # the latter: episodes in a row that the judge broke off
 
     def states(self) -> Counter: # number of devices in each state
         "How the devices are."
@@ -107,22 +118,26 @@ class Fleet:
 def _work(self:Fleet, worker, attempt):
     env = None
     try:
-        if worker.failures: self.stop.wait(self.cfg.rest * 2 ** (worker.failures - 1))
-        if not self._timed(worker, attempt): return
+        if attempt: self.stop.wait(self._rest(worker))
+        if self.stop.is_set() or not self._timed(worker, attempt, self.cfg.start): return
         env, worker.state = worker.make(), "idle"
-        while self._timed(worker, attempt, False) and not self.stop.is_set():
+        while self._timed(worker, attempt) and not self.stop.is_set():
             if not self._take(worker, attempt): time.sleep(.02)
             elif (rows := self._play(worker, attempt, env)) is not None: self._hand_in(worker, attempt, rows)
-    except DeviceError as e: self._failed(worker, attempt, str(e))
-    except Exception as e: self.error = e # of the policy, or a bug: the run ends
+    except Exception as e: self._failed(worker, attempt, e)
     finally:
-        if env is not None: env.close()
+        with suppress(Exception):
+            if env is not None: env.close()
 
 @patch
-def _timed(self:Fleet, worker, attempt, on=True): # start or stop the clock of a call; whether the attempt still counts
+def _rest(self:Fleet, worker): # seconds
+    return self.cfg.longest if worker.state == "retired" else min(self.cfg.rest * 2 ** max(worker.failures - 1, 0), self.cfg.longest)
+
+@patch
+def _timed(self:Fleet, worker, attempt, seconds=None): # start the clock of a call, or stop it; whether the attempt still counts
     with self.lock:
         if worker.attempt != attempt: return False
-        worker.since = time.monotonic() if on else None
+        worker.clock = (time.monotonic() + seconds, seconds) if seconds else None
         return True
 
 @patch
@@ -135,12 +150,12 @@ def _take(self:Fleet, worker, attempt):
 
 @patch
 def _play(self:Fleet, worker, attempt, env): # rows, or None where the attempt no longer counts
-    if not self._timed(worker, attempt): return
+    if not self._timed(worker, attempt, self.cfg.limit): return
     player = Player(env, *worker.job, self.screens)
     while player.env.running:
-        if self.stop.is_set() or not self._timed(worker, attempt, False): return
+        if self.stop.is_set() or not self._timed(worker, attempt): return
         action = self.batcher.ask(env.task.goal, env.previous, env.screen, player.before)
-        if not self._timed(worker, attempt): return
+        if not self._timed(worker, attempt, self.cfg.limit): return
         player.act(action)
     return player.rows
 
@@ -149,30 +164,40 @@ def _hand_in(self:Fleet, worker, attempt, rows):
     with self.lock:
         if worker.attempt != attempt: return
         self.played.put((worker.job[0], rows))
-        worker.job, worker.since, worker.state, worker.failures, worker.episodes = None, None, "idle", 0, worker.episodes + 1
+        worker.job, worker.clock, worker.state, worker.failures, worker.episodes, self.unjudged = None, None, "idle", 0, worker.episodes + 1, 0
 
 # %% ../nbs/33_fleet.ipynb #33-012
 @patch
-def _failed(self:Fleet, worker, attempt, why):
+def _failed(self:Fleet, worker, attempt, e):
     with self.lock:
-        if worker.attempt != attempt or self.stop.is_set(): return
-        worker.attempt, worker.since, worker.why, worker.failures = attempt + 1, None, why, worker.failures + 1
+        if worker.attempt != attempt or self.stop.is_set(): return # nobody waits for it any more
+        if isinstance(e, DigiqError) and not isinstance(e, DeviceError): return self._end(e) # a setting, a key, a budget: nothing would help
+        why, blamed = str(e) if isinstance(e, DigiqError) else f"{type(e).__name__}: {e}", not isinstance(e, JudgeError)
+        worker.attempt, worker.clock, worker.why, worker.failures, self.unjudged = attempt + 1, None, why, worker.failures + blamed, self.unjudged + (not blamed)
         if worker.job:
-            if self.tries[worker.job[0]] >= self.cfg.tries:
-                self.error = DigiqError(f"episode {worker.job[0]} failed {self.cfg.tries} times, at last with: {why}")
+            if not blamed: self.tries[worker.job[0]] -= 1
+            elif self.tries[worker.job[0]] >= self.cfg.tries: self._end(DigiqError(f"episode {worker.job[0]} failed {self.cfg.tries} times, at last with: {why}"), e)
             self.waiting.appendleft(worker.job)
         worker.job, worker.state = None, "retired" if worker.failures >= self.cfg.tries else "resting"
-        if worker.state == "resting": self._begin(worker)
-        elif self.states()["retired"] == len(self.workers): self.error = DigiqError(f"no device is left; the last one failed with: {why}")
+        if self.states()["retired"] == len(self.workers): self._end(DigiqError(f"no device is left; the last one failed with: {why}"), e)
+        if self.unjudged >= self.cfg.tries*len(self.workers): self._end(e)
+        self._begin(worker)
 
 @patch
-def _begin(self:Fleet, worker): threading.Thread(target=self._work, args=(worker, worker.attempt), daemon=True).start()
+def _end(self:Fleet, error, cause=None): # the run
+    error.__cause__ = cause
+    self.error = error
+
+@patch
+def _begin(self:Fleet, worker):
+    self.threads = [t for t in self.threads if t.is_alive()] + [threading.Thread(target=self._work, args=(worker, worker.attempt), daemon=True)]
+    self.threads[-1].start()
 
 @patch
 def _watch(self:Fleet):
     for worker in self.workers:
-        attempt, since = worker.attempt, worker.since
-        if since and time.monotonic() - since > self.cfg.limit: self._failed(worker, attempt, f"a call took longer than {self.cfg.limit:g} s")
+        attempt, clock = worker.attempt, worker.clock
+        if clock and time.monotonic() > clock[0]: self._failed(worker, attempt, DeviceError(f"a call took longer than {clock[1]:g} s"))
 
 @patch
 def play(self:Fleet,
@@ -181,19 +206,24 @@ def play(self:Fleet,
 ): # yields (episode, rows), in the order in which they end
     "Play every episode once. Raises `DigiqError` where an episode fails too often or no device is left."
     self.waiting.extend(jobs)
-    threading.Thread(target=self.batcher.serve, args=(self.stop,), daemon=True).start()
+    serving = threading.Thread(target=self.batcher.serve, args=(self.stop,), daemon=True)
+    serving.start()
     for worker in self.workers: self._begin(worker)
     try:
         left = len(jobs)
         while left:
-            if self.error: raise self.error
+            if error := self.batcher.error or self.error: raise error
             self._watch()
             told()
             try: result = self.played.get(timeout=.1)
             except queue.Empty: continue
             left -= 1
             yield result
-    finally: self.stop.set()
+    finally:
+        self.stop.set()
+        serving.join(30) # a thread that is at work in torch when Python ends takes the process with it
+        end = time.monotonic() + 2
+        for thread in self.threads: thread.join(max(end - time.monotonic(), 0)) # one that hangs is left behind
 
 # %% ../nbs/33_fleet.ipynb #33-017
 def collect_fleet(
@@ -209,11 +239,13 @@ def collect_fleet(
 ) -> EpisodeStore: # the finished set
     "Play and record episodes on devices that may fail. Raises `DigiqError` where the set was begun with other settings, or is being worked on."
     with run.stage(name, asked(tasks, cfg, seed, sequential)) as stage:
-        store, stream = EpisodeStore(run.path/name), (seed, name.partition("/")[0])
+        store, kept, stream = EpisodeStore(run.path/name), EpisodeStore(run.path/"unfinished"/name), (seed, name.partition("/")[0])
         order, todo = schedule(tasks, cfg.episodes, *stream, sequential=sequential), store.shards.missing(-(-cfg.episodes // cfg.shard))
         if todo:
-            jobs = [(i, order[i], derive_seed(*stream, i)) for k in todo for i in range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]]
-            _fill(store, Fleet([lambda make=make: make(tasks, cfg.horizon) for make in makers], policy, cfg, fleet), jobs, cfg, stage, name)
+            wanted = [i for k in todo for i in range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]]
+            jobs = [(i, order[i], derive_seed(*stream, i)) for i in wanted if i not in kept.shards.found()]
+            _fill(store, kept, Fleet([lambda make=make: make(tasks, cfg.horizon) for make in makers], policy, cfg, fleet), jobs, todo, cfg, stage, name)
+        shutil.rmtree(kept.shards.path, ignore_errors=True)
         stage.counts |= counts(store)
     return store
 
@@ -249,16 +281,20 @@ class Display:
         self.line.update(0)
 
 # %% ../nbs/33_fleet.ipynb #33-021
-def _fill(store, fleet, jobs, cfg, stage, name):
-    open_shards, won = {}, sum(int((pq.read_table(f, columns=["reward"])["reward"].to_numpy() >= 1).sum()) for f in store.shards.found().values())
+def _fill(store, kept, fleet, jobs, todo, cfg, stage, name):
+    def close(k): # a shard whose episodes are all there
+        here = range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]
+        if not set(here) <= kept.shards.found().keys(): return
+        store.write_shard(k, [row for i in here for row in kept.rows(i)])
+        for i in here: kept.shards.found()[i].unlink()
+        stage.save()
+    for i, f in kept.shards.found().items():
+        if i // cfg.shard not in todo: f.unlink() # its shard was written in the last moment before the end
+    for k in todo: close(k)
+    won = sum(int((pq.read_table(f, columns=["reward"])["reward"].to_numpy() >= 1).sum()) for s in (store, kept) for f in s.shards.found().values())
     with Display(cfg.episodes, cfg.episodes - len(jobs), won, name, fleet) as display:
         for episode, rows in fleet.play(jobs, display.look):
             display.add(rows)
-            k = episode // cfg.shard
-            shard = open_shards.setdefault(k, {})
-            shard[episode] = rows
-            if len(shard) == len(range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]):
-                store.write_shard(k, [row for i in sorted(shard) for row in shard[i]])
-                del open_shards[k]
-                stage.save()
+            kept.write_shard(episode, rows)
+            close(episode // cfg.shard)
         display.look()

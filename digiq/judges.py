@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'INSTRUCTIONS', 'SCHEMA', 'JudgeSettings', 'Verdict', 'Example', 'load_examples', 'read_verdict', 'shrink',
-           'ask_for', 'Judge', 'confusion', 'kappa']
+           'ask_for', 'JudgeError', 'Judge', 'difference', 'confusion', 'kappa']
 
 # %% ../nbs/25_judges.ipynb #25-002
-import base64, hashlib, io, json, os, threading, time
+import base64, hashlib, io, json, os, re, threading, time
+from concurrent.futures import Future, TimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fcntl import LOCK_EX, LOCK_UN, flock
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pandas as pd
 from fastcore.basics import patch
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageChops
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay, wait_exponential
 
 from .core import DataError, DigiqError, atomic, from_dict, read_json
 from .env import DeviceError
@@ -26,18 +31,23 @@ class JudgeSettings:
     "Whom to ask, and how."
     model:str # as the endpoint calls it
     url:str="https://api.openai.com/v1" # of the endpoint
-    key:str="OPENAI_API_KEY" # environment variable with the key; "" for an endpoint that wants none
+    key:str="OPENAI_API_KEY" # environment variable with the key, in capitals; "" for an endpoint that wants none
     examples:str="" # folder of pictures and verdicts to learn from; "" for none
     side:int=768 # pixels of the longer side of a picture that is sent; smaller ones go as they are
-    gate:float=.5 # mean difference of two screens, 0..255, up to which the older one's verdict holds
+    gate:float=8. # `difference` of two screens, 0..255, up to which the older one's verdict holds
     limit:float=20. # seconds for an answer
-    tries:int=4 # of a question, with growing pauses; in all they should take less than `FleetSettings.limit`
-    budget:int=2000 # answers at most, in all runs with the same log
+    tries:int=4 # questions for a verdict at most
+    patience:float=90. # seconds for a verdict, with all tries and pauses; should be shorter than `FleetSettings.limit`
+    budget:int=2000 # answers at most, in all runs with the same log; of several at once each may exceed it by the questions that are under way when it is reached
     options:dict[str, Any]=field(default_factory=lambda: {"temperature": 0, "max_tokens": 500}) # further fields of the request, as the endpoint wants them
     schema:bool=True # the endpoint knows JSON schemas; if not, the form of the answer is only asked for in words
 
     def __post_init__(self):
-        if urlsplit(self.url).username: raise DigiqError("judge.url contains a user's name or key: put the key into the environment variable that judge.key names")
+        if not re.fullmatch("([A-Z_][A-Z0-9_]*)?", self.key): raise DigiqError("judge.key is the name of an environment variable, in capitals, e.g. OPENAI_API_KEY: put the key itself into that variable")
+        if set("@?#") & set(self.url): raise DigiqError("judge.url contains a user's name, a password or a query: put the key into the environment variable that judge.key names")
+        try: sound = (url := urlsplit(self.url)).scheme in ("http", "https") and url.hostname and url.hostname.encode("idna") and url.port != 0 and re.fullmatch("[!-~]+", self.url)
+        except ValueError: sound = False
+        if not sound: raise DigiqError("judge.url is no http or https address of an endpoint: write it like https://api.openai.com/v1")
 
 # %% ../nbs/25_judges.ipynb #25-011
 @dataclass(frozen=True)
@@ -74,8 +84,8 @@ def read_verdict(
 ) -> Verdict:
     "The JSON object in an answer. Raises `ValueError` where there is none."
     begin, end = text.find("{"), text.rfind("}")
-    try: return from_dict(Verdict, json.loads(text[begin:end + 1]))
-    except (json.JSONDecodeError, DigiqError) as e: raise ValueError(f"the judge's answer is no verdict ({e}): {text[:100]!r}") from None
+    try: return from_dict(Verdict, {k: v for k, v in json.loads(text[begin:end + 1]).items() if k in ("reasoning", "success")})
+    except (ValueError, RecursionError, DigiqError) as e: raise ValueError(f"the judge's answer is no verdict ({e}): {text[:100]!r}") from None
 
 # %% ../nbs/25_judges.ipynb #25-016
 INSTRUCTIONS = """You see the screen of a phone after an agent has acted. Decide whether the goal that it was given is reached on this screen.
@@ -103,6 +113,15 @@ def ask_for(
     return {"role": "user", "content": [{"type": "text", "text": f"Goal: {goal}"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}}]}
 
 # %% ../nbs/25_judges.ipynb #25-018
+class JudgeError(DeviceError):
+    "No verdict can be had now; the phone is not to blame."
+    def __init__(self,
+        text:str, # what happened
+        pause:float=0., # seconds that the endpoint asks to be left alone for; 0 where it does not say
+    ):
+        super().__init__(text)
+        self.pause = pause
+
 class Judge:
     "A vision-language model as an `Evaluator`. Many threads may ask."
     def __init__(self,
@@ -110,39 +129,63 @@ class Judge:
         log:str|Path, # folder of the audit log; made where it is missing
     ):
         self.cfg, self.log, self.lock = cfg, Path(log), threading.Lock()
-        self.secret = os.environ.get(cfg.key, "") if cfg.key else ""
+        self.secret = os.environ.get(cfg.key, "").strip() if cfg.key else ""
         if cfg.key and not self.secret: raise DigiqError(f"the judge needs a key: set the environment variable {cfg.key}, or judge.key to '' for an endpoint that wants none")
+        if not re.fullmatch("[!-~]*", self.secret): raise DigiqError(f"the key in the environment variable {cfg.key} contains characters that no key has, such as spaces or accents: copy it again")
         self.shots = [m for e, p in (load_examples(cfg.examples) if cfg.examples else []) for m in
                       (ask_for(e.goal, shrink(p, cfg.side)), {"role": "assistant", "content": json.dumps({"reasoning": e.reasoning, "success": e.success})})]
         self.setup = hashlib.blake2b(json.dumps([cfg.model, cfg.options, cfg.side, INSTRUCTIONS, self.shots]).encode(), digest_size=8).hexdigest() # what a verdict depends on
-        self.known, self.asked = {}, 0
-        self._remember()
+        self.known, self.seen = {}, {} # verdicts by picture and goal; by device, goal, task and the screen that was judged last
+        self.at, self.asked, self.underway = 0, 0, 0 # bytes of the log that were read, answers in them, and questions of this process that have none yet
+        with self._open(): pass
     def __repr__(self): return f"Judge({self.cfg.model!r}, {str(self.log)!r})"
 
 # %% ../nbs/25_judges.ipynb #25-019
 @patch
-def _remember(self:Judge):
-    path = self.log/"verdicts.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"): # of a process that was killed
-        with open(path, "r+b") as f: f.truncate(sum(map(len, lines[:-1])))
-        lines.pop()
-    for n, line in enumerate(lines, 1):
+@contextmanager
+def _open(self:Judge): # the log, read to its end, while nobody else has it
+    self.log.mkdir(parents=True, exist_ok=True)
+    with self.lock, open(self.log/"verdicts.jsonl", "a+b") as f:
+        flock(f, LOCK_EX)
+        try:
+            self._read(f)
+            yield f
+        finally: flock(f, LOCK_UN) # to close it is not enough where a process was forked meanwhile
+
+@patch
+def _read(self:Judge, f):
+    self.at = min(self.at, f.seek(0, os.SEEK_END)) # it may have been moved away
+    f.seek(self.at)
+    for line in f.readlines():
+        if not line.endswith(b"\n"):
+            f.truncate(self.at)
+            break
         try:
             entry = json.loads(line)
             if entry["setup"] == self.setup and entry["how"] != "unreadable": self.known[entry["picture"].removesuffix(".png"), entry["goal"]] = Verdict(entry["reasoning"], entry["success"])
             self.asked += entry["how"] != "remembered"
-        except (ValueError, KeyError, TypeError): raise DataError(f"{path} line {n} is damaged: move the file away, or choose another log") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            f.seek(0)
+            raise DataError(f"{f.name} line {f.read(self.at).count(10) + 1} is damaged: move the file away, or choose another log") from None
+        self.at += len(line)
+
+@patch
+def _pay(self:Judge, name, goal): # or return the verdict that is known
+    with self._open():
+        if verdict := self.known.get((name, goal)): return verdict
+        if self.asked + self.underway >= self.cfg.budget: raise DigiqError(f"the judge's budget of {self.cfg.budget} answers is spent: look at {self.log}, then raise judge.budget")
+        self.underway += 1
 
 @patch
 def _write(self:Judge, goal, task_id, name, picture, verdict, how, more):
     said = dict(success=verdict.success, reasoning=verdict.reasoning) if verdict else {}
     entry = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), task_id=task_id, goal=goal, picture=f"{name}.png", **said, how=how, model=self.cfg.model, setup=self.setup, **more)
-    with self.lock:
+    with self._open() as f:
         if not (path := self.log/"pictures"/f"{name}.png").exists():
             with atomic(path) as p: p.write_bytes(picture)
-        with open(self.log/"verdicts.jsonl", "a") as f: f.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if verdict: self.known[name, goal] = verdict
+        f.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")) # half a surrogate pair is no text, but may be in an answer
+        self._read(f)
+        self.underway -= how != "remembered"
 
 # %% ../nbs/25_judges.ipynb #25-021
 @patch
@@ -154,22 +197,53 @@ def client(self:Judge):
     try: from openai import OpenAI
     except ImportError: raise DigiqError("judges need the openai client: pip install 'digiq[judge]'") from None
     with self.lock:
-        if "_client" not in self.__dict__: self._client = OpenAI(api_key=self.secret or "none", base_url=self.cfg.url, timeout=self.cfg.limit, max_retries=self.cfg.tries - 1)
+        if "_client" not in self.__dict__: self._client = OpenAI(api_key=self.secret or "none", base_url=self.cfg.url, max_retries=0)
     return self._client
 
 @patch
-def _ask(self:Judge, messages):
+def _send(self:Judge, messages, seconds): # the answer as the client gives it
+    cfg, client, answer = self.cfg, self.client.with_options(timeout=seconds), Future()
+    def send():
+        try: answer.set_result(client.chat.completions.create(model=cfg.model, messages=messages, **cfg.options, **({"response_format": SCHEMA} if cfg.schema else {})))
+        except BaseException as e: answer.set_exception(e)
+    threading.Thread(target=send, daemon=True).start()
+    return answer.result(seconds)
+
+# %% ../nbs/25_judges.ipynb #25-042
+@patch
+def _ask(self:Judge, messages, seconds): # text, tokens; `ValueError` where an answer has neither
     from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError
-    cfg, client = self.cfg, self.client
-    try: answer = client.chat.completions.create(model=cfg.model, messages=messages, **cfg.options, **({"response_format": SCHEMA} if cfg.schema else {}))
-    except APITimeoutError: raise DeviceError(f"the judge at {cfg.url} did not answer within {cfg.limit:g} s, {cfg.tries} times") from None
-    except (APIConnectionError, APIResponseValidationError, json.JSONDecodeError) as e: raise DeviceError(self._clean(f"the judge at {cfg.url} cannot be reached or understood: {e}")) from None
+    cfg = self.cfg
+    try: answer = self._send(messages, seconds)
+    except (TimeoutError, APITimeoutError): raise JudgeError(f"the judge at {cfg.url} did not answer in time") from None
+    except APIConnectionError as e: raise JudgeError(self._clean(f"the judge at {cfg.url} cannot be reached: {' '.join(str(e.__cause__ or e).split()).rstrip('.')}")) from None
     except APIStatusError as e:
-        if e.status_code in (408, 409, 429) or e.status_code >= 500: raise DeviceError(f"the judge at {cfg.url} answered with status {e.status_code}, {cfg.tries} times") from None
+        if e.status_code in (408, 409, 429) or e.status_code >= 500:
+            rest = e.response.headers.get("Retry-After", "")
+            raise JudgeError(f"the judge at {cfg.url} answered with status {e.status_code}", float(rest) if re.fullmatch(r"\d+(\.\d+)?", rest) else 0.) from None
         if e.status_code in (401, 403): raise DigiqError(f"the judge at {cfg.url} does not take the key in {cfg.key or 'judge.key'} (status {e.status_code})") from None
         raise DigiqError(self._clean(f"the judge at {cfg.url} refuses the question (status {e.status_code}): check judge.model and judge.options, and judge.schema for an endpoint that knows none; it said {str(e)[:200]!r}")) from None
-    try: return self._clean(answer.choices[0].message.content or ""), answer.usage.total_tokens if answer.usage else None
+    except (APIResponseValidationError, RecursionError, json.JSONDecodeError, UnicodeDecodeError): answer = None
+    try: return self._clean(answer.choices[0].message.content or ""), getattr(answer.usage, "total_tokens", None)
     except (AttributeError, IndexError, TypeError): raise ValueError("the judge's answer has another form than OpenAI's") from None
+
+@patch
+def _try(self:Judge, goal, task_id, name, picture, began): # one question, where it is needed
+    if verdict := self._pay(name, goal):
+        self._write(goal, task_id, name, picture, verdict, "remembered", {})
+        return verdict
+    text, left = "", self.cfg.patience - (time.monotonic() - began)
+    try:
+        text, tokens = self._ask([{"role": "system", "content": INSTRUCTIONS}, *self.shots, ask_for(goal, picture)], min(self.cfg.limit, max(left, .01)))
+        verdict = read_verdict(text)
+    except ValueError as e:
+        self._write(goal, task_id, name, picture, None, "unreadable", {"answer": text, "error": str(e)})
+        raise JudgeError(str(e)) from None
+    except BaseException:
+        with self.lock: self.underway -= 1
+        raise
+    self._write(goal, task_id, name, picture, verdict, "asked", {"tokens": tokens, "seconds": round(time.monotonic() - began, 2)})
+    return verdict
 
 # %% ../nbs/25_judges.ipynb #25-022
 @patch
@@ -178,47 +252,42 @@ def ask(self:Judge,
     screen:Image.Image, # what the phone shows
     task_id:str="", # for the log
 ) -> Verdict:
-    "A verdict, from memory or from the model. Raises `DeviceError` where none comes, `DigiqError` where the key is refused or the budget spent."
-    picture = shrink(screen, self.cfg.side)
+    "A verdict, from memory or from the model. Raises `JudgeError` where none comes, `DigiqError` where the key is refused or the budget spent."
+    began, picture, pauses = time.monotonic(), shrink(screen, self.cfg.side), wait_exponential(.5, max=8)
     name = hashlib.blake2b(self.setup.encode() + picture, digest_size=16).hexdigest()
-    if verdict := self.known.get((name, goal)):
-        self._write(goal, task_id, name, picture, verdict, "remembered", {})
-        return verdict
-    began, question = time.monotonic(), [{"role": "system", "content": INSTRUCTIONS}, *self.shots, ask_for(goal, picture)]
-    for attempt in range(self.cfg.tries):
-        self._pay()
-        text = ""
-        try:
-            text, tokens = self._ask(question)
-            verdict = read_verdict(text)
-        except ValueError as e: # it was answered, and has to be paid for
-            fault = e
-            self._write(goal, task_id, name, picture, None, "unreadable", {"answer": text, "error": str(e)})
-        except DeviceError:
-            with self.lock: self.asked -= 1
-            raise
-        else:
-            self._write(goal, task_id, name, picture, verdict, "asked", {"tokens": tokens, "seconds": round(time.monotonic() - began, 2)})
-            return verdict
-    raise DeviceError(f"{fault}, {self.cfg.tries} times")
-
-@patch
-def _pay(self:Judge):
-    with self.lock:
-        if self.asked >= self.cfg.budget: raise DigiqError(f"the judge's budget of {self.cfg.budget} answers is spent: look at {self.log}, then raise judge.budget")
-        self.asked += 1
+    tries = Retrying(retry=retry_if_exception_type(JudgeError), wait=lambda state: state.outcome.exception().pause or pauses(state),
+                     stop=stop_after_attempt(self.cfg.tries) | stop_before_delay(self.cfg.patience), reraise=True)
+    try:
+        for attempt in tries:
+            with attempt: return self._try(goal, task_id, name, picture, began)
+    except JudgeError as e:
+        n = attempt.retry_state.attempt_number
+        raise JudgeError(f"{e}, {'once' if n == 1 else f'{n} times'} in {time.monotonic() - began:.1f} s") from None
 
 # %% ../nbs/25_judges.ipynb #25-024
+def difference(
+    one:Image.Image, # a screen
+    other:Image.Image, # and another
+) -> float: # 0..255; infinite where sizes differ
+    "The largest mean difference, over the pixels of a square, of the colour channel that differs most; a square is 1/48 as wide as the screen."
+    if one.size != other.size: return float("inf")
+    (width, height), channels = one.size, ImageChops.difference(one, other).split()
+    squares = reduce(ImageChops.lighter, channels).resize((48, max(1, round(48*height/width))), Image.Resampling.BOX)
+    return float(squares.getextrema()[1])
+
 @patch
 def __call__(self:Judge,
     task, # with `goal` and `id`
-    before:Image.Image, # screen before the action
+    before:Image.Image, # screen before the action; not looked at
     after:Image.Image, # and after it
-    device=None, # not asked
+    device=None, # where it happened; not asked
 ) -> float: # 1.0 or 0.0
     "The reward of a step."
-    unchanged = before.size == after.size and sum(ImageStat.Stat(ImageChops.difference(before, after)).mean) / 3 <= self.cfg.gate
-    return float(self.ask(task.goal, before if unchanged else after, task.id).success)
+    goal, task_id, screen = self.seen.get(id(device), (None, None, after))
+    if (goal, task_id) != (task.goal, task.id) or difference(screen, after) > self.cfg.gate: screen = after
+    verdict = self.ask(task.goal, screen, task.id)
+    self.seen[id(device)] = task.goal, task.id, screen
+    return float(verdict.success)
 
 # %% ../nbs/25_judges.ipynb #25-037
 def confusion(

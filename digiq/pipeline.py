@@ -273,7 +273,7 @@ def settings(self:Experiment,
 def played_on(devices): # what rewards and screens depend on: not the cable, nor a limit or budget
     if devices["kind"] == "simphone": return {}
     some = lambda d, without: d and {k: v for k, v in d.items() if k not in without}
-    return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "tries", "budget")),
+    return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "patience", "tries", "budget")),
                         "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
 
 # %% ../nbs/65_pipeline.ipynb #65-029

@@ -1,16 +1,21 @@
 "A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves."
-import os, socket, sys, time
+import os, signal, socket, sys, time
 from pathlib import Path
 words = sys.argv[1:]
-if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata\nslow\nloop\ncrash\nonce"))
+if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata\nslow\nloop\ncrash\nonce\nhalf\nstubborn"))
 option = dict(zip(words, words[1:]))
 kind, port, mark = option["-avd"], int(option["-port"]), Path(__file__).with_name("mark")
-if kind == "crash" or kind == "once" and not mark.exists():
+if kind == "crash" or kind == "once" and not mark.exists() or kind == "half" and port % 4 == 0:
     mark.touch()
     sys.exit("ERROR   | Not enough space to create userdata partition")
 if home := os.environ.get("ANDROID_AVD_HOME"): # where it keeps its disks
     folder = Path((Path(home)/f"{kind}.ini").read_text().strip().removeprefix("path="))
     if "-read-only" not in words: (folder/"written").write_text(f"emulator-{port}")
+def linger(*_): # 3 s, then end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(3)
+    os._exit(0)
+if kind == "stubborn": signal.signal(signal.SIGTERM, linger)
 from digiq.devices.adbd import Adbd
 from digiq.devices.android import Android
 from digiq.phone import SimPhone

@@ -1,14 +1,14 @@
 "An OpenAI-compatible endpoint on loopback, for tests and lessons: it answers as it is told to, and fails as it is told to."
-import base64, io, json, threading, time
+import base64, io, json, socket, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
 
 
 class Endpoint:
-    "Serves POST /v1/chat/completions inside `with`. `answer(goal, picture, request)` returns a verdict (a dict) or any text; what is in `faults` comes first."
+    "Serves POST /v1/chat/completions inside `with`. `answer(goal, picture, request)` returns a verdict (a dict) or any text; what is in `faults` comes first; failures ask for `rest` seconds."
     def __init__(self, answer, key="sk-loopback"):
-        self.answer, self.key, self.faults, self.requests = answer, key, [], []
+        self.answer, self.key, self.faults, self.requests, self.rest = answer, key, [], [], "0.01"
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,7 +36,8 @@ class Endpoint:
         if handler.path != "/v1/chat/completions": return self.reply(handler, 404, {"error": {"message": "no such path"}})
         if isinstance(fault, int): return self.reply(handler, fault, {"error": {"message": f"status {fault} for {said}"}})
         if fault == "slow": time.sleep(3)
-        if fault == "cut": return handler.connection.close()
+        if fault == "cut": return handler.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "drip": return self.drip(handler)
         if fault == "garbage": return self.send(handler, 200, b"<html>busy</html>", "text/html")
         content = fault[1] if isinstance(fault, tuple) else self.answer(*question(request), request)
         self.reply(handler, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
@@ -46,9 +47,19 @@ class Endpoint:
 
     def send(self, handler, status, data, kind):
         handler.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), ("retry-after-ms", "1")): handler.send_header(name, value)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), ("Retry-After", self.rest)): handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(data)
+
+    def drip(self, handler): # a blank every now and then, as some endpoints do while they think
+        handler.send_response(200)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", "30")): handler.send_header(name, value)
+        handler.end_headers()
+        try:
+            for _ in range(30):
+                handler.wfile.write(b" ")
+                time.sleep(.1)
+        except OSError: pass # nobody listens any more
 
 
 def question(request):

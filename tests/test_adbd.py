@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from digiq.devices import adbd
 from digiq.devices.adbd import LARGEST, Adbd, adb_server, pack
 from digiq.devices.android import Android, ShellError, parse_line
 from digiq.phone import SimPhone
@@ -42,6 +43,22 @@ def test_shell_tells_output_errors_and_status_apart(phones):
 def test_shell_without_a_command_reads_lines(phones):
     done = call("-s", phones[0][0], "shell", input=b"echo one\necho two\nexit 3\necho three\n")
     assert (done.stdout, done.returncode) == (b"one\ntwo\n", 3)
+    done = call("-s", phones[0][0], "shell", input=b"false && exit 5\n\necho one; exit 4; echo two\necho three\n")
+    assert (done.stdout, done.returncode) == (b"one\n", 4)
+
+
+@pytest.mark.parametrize("line, status, said", [("exit 300; echo x", 44, b""), ("input tap nan nan", 255, b"Invalid arguments"), ("input swipe 1 2 nan 4", 255, b"Invalid arguments"),
+    ("pm list packages ''", 0, b""), ("uiautomator dump ''", 1, b"No such file"), ("am start -d 'http://['", 255, b"Exception occurred while executing 'start':\nValueError")])
+def test_a_line_that_fails_ends(phones, line, status, said):
+    done = call("-s", phones[0][0], "shell", line)
+    assert done.returncode == status and said in done.stderr and b"x\n" not in done.stdout
+
+
+def test_a_service_that_breaks_ends(phones, monkeypatch):
+    async def breaks(stream, android, modifiers, line): raise KeyError(line)
+    monkeypatch.setitem(adbd.SERVICES, "exec", breaks)
+    assert call("-s", phones[0][0], "exec-out", "screencap").stdout == b""
+    assert call("-s", phones[0][0], "shell", "echo", "here").stdout == b"here\n"
 
 
 def test_pictures_over_exec_and_over_a_file(phones, tmp_path):
@@ -110,6 +127,16 @@ def test_bytes_that_are_no_protocol_do_nothing(phones):
     assert call("-s", address, "shell", "echo", "here").stdout == b"here\n"
 
 
+def test_a_name_that_is_no_text_is_answered(phones):
+    host, _, port = phones[0][0].partition(":")
+    with socket.create_connection((host, int(port)), 10) as s:
+        s.settimeout(10)
+        s.sendall(HELLO + pack(b"OPEN", 1, 0, b"sync:\0") + pack(b"WRTE", 1, 1, b"RECV\5\0\0\0/sd/\xff"))
+        said = b""
+        while b"/sd/\xff: No such file" not in said and (data := s.recv(1 << 16)): said += data
+    assert b"FAIL" in said
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("ab ';\"\\$&|\n\t%*~#(`é"), max_size=12))
 @example("\\; \\\n")
@@ -131,3 +158,10 @@ def test_serves_from_the_command_line():
         assert taken.returncode == 1 and "choose another port" in taken.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("words, status, why", [(["--phones", "0"], 2, "--phones must be"), (["--scale", "nan"], 2, "--scale must be"), (["--scale", "0"], 2, "--scale must be"),
+    (["--phones", "4", "--port", "65533"], 1, "choose another port"), (["--port", "70000"], 1, "choose another port")])
+def test_command_line_that_cannot_be_served(words, status, why):
+    done = subprocess.run([sys.executable, "-m", "digiq.devices.adbd", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and why in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -1,5 +1,7 @@
 "Whole stages on phones over adb and on emulators, from Python and from the command line; and a judge that is compared with the truth."
-import os, shutil, sys
+import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import papermill
@@ -7,13 +9,15 @@ import pytest
 from adbutils import AdbClient
 from endpoint import Endpoint
 from notebooks import root
+from PIL import Image
 
 from digiq.core import DigiqError, read_json
 from digiq.data import EpisodeStore, encode_screen
 from digiq.devices import emulator
 from digiq.devices.adbd import Adbd, adb_server
 from digiq.devices.android import Android
-from digiq.judges import JudgeSettings, kappa
+from digiq.devices.emulator import Emulators, EmulatorSettings
+from digiq.judges import Judge, JudgeSettings, kappa
 from digiq.phone import SimPhone
 from digiq.pipeline import load_preset, open_run
 from digiq.rollout.__main__ import main
@@ -63,7 +67,9 @@ def test_collects_over_adb_from_the_command_line(phones, tmp_path, capsys, monke
     assert key not in out.out + out.err and not any(key.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
 
 
-def test_evaluates_on_emulators(tmp_path, monkeypatch):
+@pytest.fixture
+def sdk(tmp_path, monkeypatch):
+    "A stand-in for the emulator, and an adb server; temporary folders go to `tmp_path`."
     program = tmp_path/"sdk"/"emulator"/"emulator"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!{sys.executable}\n" + Path(__file__).with_name("emulator.py").read_text())
@@ -71,10 +77,83 @@ def test_evaluates_on_emulators(tmp_path, monkeypatch):
     monkeypatch.setenv("ANDROID_HOME", str(tmp_path/"sdk"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setattr(emulator, "check_kvm", lambda path: None)
-    with adb_server(adb):
-        devices = dict(kind="emulator", adb=dict(settle=0), emulator=dict(avd="slow", count=2, port=5620, stagger=.1))
-        ended = open_run(tmp_path/"run", load_preset("smoke", **small, devices=devices)).evaluate("behaviour", repeats=None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with adb_server(adb): yield program
+
+
+def test_evaluates_on_emulators(sdk, tmp_path):
+    devices = dict(kind="emulator", adb=dict(settle=0), emulator=dict(avd="slow", count=2, port=5620, stagger=.1))
+    ended = open_run(tmp_path/"run", load_preset("smoke", **small, devices=devices)).evaluate("behaviour", repeats=None)
     assert len(ended) == 4
+
+
+def running(program):
+    "The stand-ins that run, and their watchers."
+    return [p.name for p in Path("/proc").glob("[0-9]*") if str(program).encode() in words(p) and b"-avd" in words(p)]
+
+
+def words(process): # of its command line; none where it has ended
+    try: return (process/"cmdline").read_bytes().split(b"\0")
+    except OSError: return []
+
+
+def within(seconds, true):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end: time.sleep(.1)
+    return true()
+
+
+OWNER = """
+import sys, time
+from digiq.devices.emulator import Emulators, EmulatorSettings
+with Emulators(EmulatorSettings("slow", count=2, port=5640, stagger=.1), kvm="/dev/null"):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_emulators_do_not_outlive_their_owner(sdk, number):
+    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"up\n" and len(running(sdk)) == 4
+        owner.send_signal(number)
+        assert owner.wait(10) == -number
+    assert within(5, lambda: not running(sdk))
+
+
+COMMAND = """
+import runpy, sys
+from digiq.devices import emulator
+emulator.check_kvm = lambda path: None
+sys.argv[1:] = ["collect", sys.argv[1], "--preset", "smoke", "--device", "emulator", "--avd", "loop", "--emulators", "1"]
+runpy.run_module("digiq.rollout", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_command_line_that_is_terminated_ends_its_emulators(sdk, tmp_path):
+    (tmp_path/"tmp").mkdir()
+    with subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path/"run")], stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path/"tmp")}) as process:
+        assert within(60, lambda: len(running(sdk)) == 2) and list((tmp_path/"tmp").glob("digiq-emulators-*"))
+        process.terminate()
+        assert process.wait(30) == 143, process.stderr.read()
+    assert not running(sdk) and not list((tmp_path/"tmp").glob("digiq-emulators-*"))
+
+
+def test_emulators_are_left_while_one_is_healed(sdk):
+    raised = []
+    def heal():
+        try: emulators.device(one)
+        except DigiqError as e: raised.append(e)
+    with Emulators(EmulatorSettings("stubborn", count=1, port=5660), kvm="/dev/null") as emulators:
+        one, = emulators.emulators
+        one.state = lambda: "sick"
+        thread = threading.Thread(target=heal)
+        thread.start()
+        time.sleep(.5) # it takes 3 s to end
+        assert running(sdk)
+    assert not running(sdk) and not emulators.folder.exists()
+    thread.join(10)
+    assert type(raised[0]) is DigiqError and "has been left" in str(raised[0]) and not running(sdk)
 
 
 def test_judge_is_compared_with_the_truth(tmp_path, monkeypatch):
@@ -95,6 +174,47 @@ def test_judge_is_compared_with_the_truth(tmp_path, monkeypatch):
     assert found["counts"] == table.to_numpy().tolist() and found["kappa"] == kappa(table)["kappa"] and found["n"] == table.to_numpy().sum()
     assert table.to_numpy()[1].sum() == len(won) and .6 < found["agreement"] < .9 and len(won)
     assert not any(key.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_a_judge_waits_for_a_line_that_is_being_written_and_drops_one_that_never_will_be(tmp_path):
+    log, (red, blue, green) = tmp_path/"verdicts.jsonl", [Image.new("RGB", (20, 40), c) for c in ("red", "blue", "green")]
+    with Endpoint(lambda goal, picture, request: {"reasoning": "why not", "success": True}, "none") as endpoint:
+        cfg = JudgeSettings("some-vlm", endpoint.url, "")
+        judge = Judge(cfg, tmp_path)
+        judge.ask("Be red", red)
+        line = log.read_bytes()
+        with ThreadPoolExecutor() as pool, open(log, "ab") as f: # as another process does
+            flock(f, LOCK_EX)
+            f.write(line[:50])
+            f.flush()
+            another = pool.submit(Judge, cfg, tmp_path)
+            with pytest.raises(TimeoutError): another.result(.5)
+            f.write(line[50:])
+            f.close()
+            assert another.result(10).asked == 2
+        with open(log, "ab") as f: f.write(line[:50]) # killed
+        judge.ask("Be blue", blue)
+        assert judge.asked == 3 and [json.loads(l)["goal"] for l in log.read_text().splitlines()] == ["Be red", "Be red", "Be blue"]
+        with open(log, "ab") as f: f.write(line[:50] + b"\n")
+        with pytest.raises(DigiqError, match="line 4 is damaged"): judge.ask("Be green", green)
+    assert len(endpoint.requests) == 2
+
+
+def test_processes_share_the_verdicts_and_the_budget_of_a_judge(tmp_path):
+    program = """import sys
+from PIL import Image
+from digiq.judges import DigiqError, Judge, JudgeSettings
+first, url, log = int(sys.argv[1]), *sys.argv[2:]
+judge = Judge(JudgeSettings("some-vlm", url, "", budget=12), log)
+try:
+    for n in [*range(5), *range(first, first + 20)]: judge.ask("Be red", Image.new("RGB", (20, 40), (n, 0, 0)))
+except DigiqError as e: print(e)"""
+    with Endpoint(lambda goal, picture, request: {"reasoning": "why not", "success": True}, "none") as endpoint:
+        def play(first): return subprocess.run([sys.executable, "-c", program, str(first), endpoint.url, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True).stdout
+        with ThreadPoolExecutor() as pool: said = list(pool.map(play, (100, 200)))
+        judge = Judge(JudgeSettings("some-vlm", endpoint.url, ""), tmp_path)
+    assert all("budget of 12 answers is spent" in s for s in said)
+    assert 12 <= len(endpoint.requests) == judge.asked <= 13
 
 
 def execute(name, tmp_path, **parameters):

@@ -7,7 +7,7 @@ __all__ = ['FAULTS', 'MOST_BYTES', 'WAYS', 'ADB_KEYBOARD', 'PIECE', 'CHROME', 'N
            'LimitedClient', 'Unreachable', 'AdbDevice', 'is_blank', 'ask_phone']
 
 # %% ../../nbs/21_devices.adb.ipynb #21-002
-import base64, io, json, re, socket, struct, subprocess, threading, time, zlib
+import base64, io, json, math, re, socket, struct, subprocess, threading, time, zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageChops, ImageStat
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from ..core import DigiqError
-from ..env import DeviceError, check_key, check_point
+from ..env import DeviceError, Unsupported, check_key, check_point
 
 # %% ../../nbs/21_devices.adb.ipynb #21-005
 def find_devices() -> list[str]: # serial numbers
@@ -36,6 +36,7 @@ class AdbSettings:
     "How a phone is operated over adb."
     packages:tuple[str, ...]=("com.android.chrome",) # apps that are stopped and emptied before an episode
     limit:float=15. # seconds within which a call ends
+    start:float=60. # seconds within which a reset ends, which empties apps
     settle:float=3. # seconds to wait at most for the screen to come to rest; 0 takes it as it is
     pause:float=.1 # seconds between two looks
     still:float=1. # mean difference of two looks, 0..255, at which the screen is at rest
@@ -94,7 +95,7 @@ class AdbDevice:
         serial:str,                      # as `adb devices` lists it; ADDRESS:PORT is connected to
         cfg:AdbSettings=AdbSettings(),   # limits and the like
     ):
-        self.serial, self.cfg, self.turned = serial, cfg, False
+        self.serial, self.cfg, self.turn, self.until = serial, cfg, 0, math.inf
         self.client = LimitedClient()
         self.adb = _Adb(self.client, serial)
         self._within("connecting", self._begin, repeat=True)
@@ -102,8 +103,15 @@ class AdbDevice:
     def close(self): pass
 
 @patch
+@contextmanager
+def _all_within(self:AdbDevice, seconds): # all commands of the block together
+    before, self.until = self.until, time.monotonic() + seconds
+    try: yield
+    finally: self.until = before
+
+@patch
 def _within(self:AdbDevice, what, do, repeat=False, seconds=None):
-    seconds = seconds or self.cfg.limit
+    seconds = min(seconds or self.cfg.limit, max(self.until - time.monotonic(), 0))
     with self.client.limited(seconds):
         try:
             for attempt in Retrying(retry=retry_if_exception_type(FAULTS if repeat else Unreachable), wait=wait_exponential(.05, max=.5),
@@ -150,7 +158,7 @@ def _exec(self:AdbDevice, line): # bare output
 
 def _raw(data):
     width, height, form = struct.unpack("<3I", data[:12])
-    if form != 1 or len(data) - 4 * width * height not in (12, 16): raise ValueError(f"a screenshot that is cut off or of pixel format {form}")
+    if form != 1 or not width * height or len(data) - 4 * width * height not in (12, 16): raise ValueError(f"a screenshot of {width}x{height} that is cut off or of pixel format {form}")
     return Image.frombuffer("RGBA", (width, height), data[-4 * width * height:], "raw", "RGBA", 0, 1).convert("RGB")
 
 def _png(data):
@@ -183,13 +191,18 @@ def _begin(self:AdbDevice):
 def _upright(self:AdbDevice, picture):
     if picture.size not in (self.full, self.full[::-1]):
         raise DeviceError("{}: the screen is {}x{} now and was {}x{}: undo `wm size`, unfold it, or open the device anew".format(self.serial, *picture.size, *self.full))
-    self.turned = picture.size != self.full
-    if self.turned: picture = picture.transpose(Image.Transpose.ROTATE_90)
+    turned = picture.size != self.full
+    if turned != bool(self.turn): self.turn = self._rotation() if turned else 0
+    if self.turn: picture = picture.transpose(Image.Transpose.ROTATE_90 if self.turn == 1 else Image.Transpose.ROTATE_270)
     return picture if self.size == self.full else picture.resize(self.size, Image.Resampling.BOX)
 
 @patch
+def _rotation(self:AdbDevice): # of a display on its side, quarters of a turn: 1 or 3
+    return 3 if "ROTATION_270" in self.adb.shell2(["dumpsys", "window", "displays"], timeout=self.cfg.limit).output else 1
+
+@patch
 def _pixels(self:AdbDevice, x, y): # of the display as it lies, as words
-    (width, height), (x, y) = (self.full[::-1], (1 - y, x)) if self.turned else (self.full, (x, y))
+    (width, height), (x, y) = (self.full[::-1] if self.turn else self.full), {0: (x, y), 1: (1 - y, x), 3: (y, 1 - x)}[self.turn]
     return f"{min(x * width, width - 1):.2f}", f"{min(y * height, height - 1):.2f}"
 
 def is_blank(
@@ -249,26 +262,27 @@ ADB_KEYBOARD, PIECE = "com.android.adbkeyboard/.AdbIME", 500 # PIECE: characters
 def type_text(self:AdbDevice,
     s:str, # any text
 ):
-    "Type into whatever has the focus. Raises `DeviceError` for text beyond ASCII where the phone lacks ADBKeyboard."
+    "Type into whatever has the focus. Raises `Unsupported` for text beyond ASCII where the phone lacks ADBKeyboard."
     pieces = [s[i:i + PIECE] for i in range(0, len(s), PIECE)] or [""]
-    if all(" " <= c <= "~" for c in s):
+    with self._all_within(self.cfg.limit):
+        if not all(" " <= c <= "~" for c in s): return self._broadcast(pieces)
         for piece in pieces:
             for part in re.split("(?<=%)(?=s)", piece): self.shell("input", "text", part.replace(" ", "%s"))
-    else: self._broadcast(pieces)
 
 @patch
 def _broadcast(self:AdbDevice, pieces):
     try: coded = [base64.b64encode(piece.encode()).decode() for piece in pieces]
-    except UnicodeEncodeError: raise DeviceError(f"{self.serial}: {''.join(pieces)!r} has half a character") from None
+    except UnicodeEncodeError: raise Unsupported(f"{self.serial}: {''.join(pieces)!r} has half a character") from None
     if ADB_KEYBOARD not in self.shell("ime", "list", "-a", "-s", repeat=True).split():
-        raise DeviceError(f"{self.serial}: cannot type {''.join(pieces)[:20]!r}: install ADBKeyboard on the phone for text beyond ASCII")
+        raise Unsupported(f"{self.serial}: cannot type {''.join(pieces)[:20]!r}: install ADBKeyboard on the phone for text beyond ASCII")
     usual = self.shell("settings", "get", "secure", "default_input_method", repeat=True).strip()
     self.shell("ime", "enable", ADB_KEYBOARD, repeat=True)
     self.shell("ime", "set", ADB_KEYBOARD, repeat=True)
     try:
         self._wait_for_keyboard()
         for piece in coded: self.shell("am", "broadcast", "-a", "ADB_INPUT_B64", "--es", "msg", piece)
-    finally: self.shell("ime", "set", usual, repeat=True)
+    finally:
+        with self._all_within(self.cfg.limit): self.shell("ime", "set", usual, repeat=True)
 
 @patch
 def _wait_for_keyboard(self:AdbDevice):
@@ -286,8 +300,15 @@ def reset(self:AdbDevice,
     seed:int, # of the episode, where the phone has such a thing
 ):
     "Make ready for an episode. Raises `DeviceError` where the screen stays blank."
+    with self._all_within(self.cfg.start): self._reset(task, seed)
+
+@patch
+def _reset(self:AdbDevice, task, seed):
     self.shell("input", "keyevent", "KEYCODE_WAKEUP", repeat=True)
     self.shell("wm", "dismiss-keyguard", check=False, repeat=True)
+    if self.shell("settings", "get", "secure", "default_input_method", repeat=True).strip() == ADB_KEYBOARD: # left behind by a process that was killed while typing
+        others = [k for k in self.shell("ime", "list", "-a", "-s", repeat=True).split() if k != ADB_KEYBOARD]
+        if others: self.shell("ime", "set", others[0], repeat=True)
     for name in ("accelerometer_rotation", "user_rotation"): self.shell("settings", "put", "system", name, "0", repeat=True)
     if CHROME in self.cfg.packages:
         self._within("push", lambda: self.adb.sync.push(NOTE, "/data/local/tmp/chrome-command-line", 0o644), repeat=True)
@@ -307,4 +328,6 @@ def ask_phone(
     device:AdbDevice, # a built-in phone over adb
 ) -> float: # 1.0 or 0.0
     "The `Evaluator` for built-in phones over adb."
-    return float(device.shell("cmd", "digiq", "judge", base64.b64encode(json.dumps(vars(task)).encode()).decode(), repeat=True))
+    said = device.shell("cmd", "digiq", "judge", base64.b64encode(json.dumps(vars(task)).encode()).decode(), repeat=True).strip()
+    if said not in ("0.0", "1.0"): raise DeviceError(f"{device.serial}: said {said[:40]!r} of its reward")
+    return float(said)

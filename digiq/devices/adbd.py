@@ -108,6 +108,7 @@ class Link:
             while True: await self.handle(*await read_packet(self.reader))
         except (PacketError, asyncio.IncompleteReadError, OSError): pass
         finally:
+            self.streams.clear()
             for task in self.tasks.values(): task.cancel()
             self.writer.close()
 
@@ -117,7 +118,7 @@ async def handle(self:Link, command, a, b, data):
     if command == b"CNXN":
         self.largest = min(b, LARGEST)
         about = "".join(f"{k}={self.android.properties[k]};" for k in ("ro.product.name", "ro.product.model", "ro.product.device"))
-        self.writer.write(pack(b"CNXN", VERSION, LARGEST, f"device::{about}features=shell_v2,cmd".encode()))
+        self.writer.write(pack(b"CNXN", VERSION, LARGEST, f"device::{about}features=shell_v2,cmd".encode(errors="surrogateescape")))
         if self.largest < 1: raise PacketError("a link without room for data")
     elif not self.largest: raise PacketError(f"{command!r} before CNXN")
     elif command == b"OPEN": await self.open(a, data)
@@ -145,10 +146,11 @@ async def open(self:Link, theirs, data):
 
 @patch
 async def attend(self:Link, stream, service, modifiers, argument):
-    with suppress(PacketError, OSError):
-        await service(stream, self.android, modifiers, argument)
-        await stream.ready.wait() # for what was written last
-    await self.end(stream)
+    try:
+        with suppress(PacketError, OSError):
+            await service(stream, self.android, modifiers, argument)
+            await stream.ready.wait() # for what was written last
+    finally: await self.end(stream)
 
 @patch
 async def end(self:Link, stream):
@@ -173,12 +175,12 @@ async def _exec(stream, android, modifiers, line): await stream.write(b"".join(a
 @service("shell")
 async def _shell(stream, android, modifiers, line):
     shell = _Shell(stream, "v2" in modifiers, "pty" in modifiers)
-    status = 0
+    status, over = 0, False
     if line: status = await shell.answer(*android.run(line))
     else:
-        while (line := await shell.line()) is not None:
-            status = await shell.answer(*android.run(line))
-            if line.split()[:1] == ["exit"]: break
+        while not over and (line := await shell.line()) is not None:
+            said, over = android.run(line), android.over
+            status = await shell.answer(*said)
     if shell.packets: await shell.say(3, bytes([status]))
 
 class _Shell:
@@ -221,7 +223,9 @@ async def _sync(stream, android, modifiers, argument):
         if what not in _SYNC or length > 1024: raise PacketError(f"{what!r} is no request for files")
         path = (await stream.exactly(length)).decode(errors="surrogateescape")
         try: await _SYNC[what](stream, android, path)
-        except ShellError as e: await stream.write(struct.pack("<4sI", b"FAIL", len(str(e).encode())) + str(e).encode())
+        except ShellError as e:
+            why = e.line().rstrip(b"\n")
+            await stream.write(struct.pack("<4sI", b"FAIL", len(why)) + why)
 
 def _stat(android, path):
     if path in android.files: return FILE, len(android.files[path]), MTIME
@@ -263,7 +267,7 @@ class Adbd:
     ): self.phones, self.host, self.port, self.addresses, self.links = phones, host, port, [], set()
 
     def __enter__(self):
-        self.loop, up = asyncio.new_event_loop(), threading.Event()
+        self.loop, self.error, up = asyncio.new_event_loop(), None, threading.Event()
         self.thread = threading.Thread(target=self._run, args=(up,), daemon=True)
         self.thread.start()
         up.wait()
@@ -275,23 +279,23 @@ class Adbd:
         self.thread.join()
 
     def _run(self, up):
-        with suppress(asyncio.CancelledError): self.loop.run_until_complete(self._serve(up))
-        self.loop.close()
+        try:
+            with suppress(asyncio.CancelledError): self.loop.run_until_complete(self._serve(up))
+        except Exception as e: self.error = e # an OverflowError for a port beyond 65535
+        finally:
+            self.loop.close()
+            up.set()
 
     async def _serve(self, up):
-        self.stop, self.error, servers = asyncio.Event(), None, []
+        self.stop, servers = asyncio.Event(), []
         try:
             for i, android in enumerate(self.phones): servers.append(await self._listen(android, self.port and self.port + i))
-        except OSError as e: self.error = e
-        else: await self._until_stopped(up)
-        up.set()
-        for server in servers: server.close()
-        for link in self.links: link.cancel()
-        await asyncio.gather(*self.links, return_exceptions=True)
-
-    async def _until_stopped(self, up):
-        up.set()
-        await self.stop.wait()
+            up.set()
+            await self.stop.wait()
+        finally:
+            for server in servers: server.close()
+            for link in self.links: link.cancel()
+            await asyncio.gather(*self.links, return_exceptions=True)
 
     async def _listen(self, android, port):
         async def meet(reader, writer):
@@ -349,6 +353,8 @@ def main(
     parser.add_argument("--scale", type=float, default=.25, help="pixels per logical pixel; 1 gives 1080x2400")
     parser.add_argument("--disturbance", type=float, default=1., help="scales the rates of everything that goes wrong")
     args = parser.parse_args(words)
+    if args.phones < 1: parser.error("--phones must be 1 or more")
+    if not args.scale > 0: parser.error("--scale must be above 0")
     androids = [Android(SimPhone(args.scale, disturbance=args.disturbance), f"simphone-{i}") for i in range(args.phones)]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: stop.set())

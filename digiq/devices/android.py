@@ -6,7 +6,7 @@
 __all__ = ['KEYBOARDS', 'PACKAGES', 'COMMANDS', 'MOST_FILES', 'KEYS', 'ShellError', 'parse_line', 'Android', 'command']
 
 # %% ../../nbs/20_devices.android.ipynb #20-002
-import base64, io, json, re, struct
+import base64, io, json, math, re, struct
 from collections import deque
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -79,7 +79,7 @@ class Android:
         serial:str="simphone-0", # its name
         keyboards:tuple=KEYBOARDS, # input methods that are installed
     ):
-        self.phone, self.keyboards, self.keyboard, self.awake, self.override, self.dots = phone, keyboards, keyboards[0], True, None, None
+        self.phone, self.keyboards, self.keyboard, self.awake, self.override, self.dots, self.over = phone, keyboards, keyboards[0], True, None, None, False
         self.properties = {"ro.serialno": serial, "ro.product.name": "simphone", "ro.product.model": "SimPhone", "ro.product.device": "simphone", "ro.product.brand": "digiq",
                            "ro.build.version.release": "14", "ro.build.version.sdk": "34", "ro.product.cpu.abi": "x86_64", "sys.boot_completed": "1"}
         self.settings = {"system": {"accelerometer_rotation": "1", "user_rotation": "0", "screen_off_timeout": "60000"},
@@ -100,14 +100,16 @@ def command(
 def run(self:Android,
     line:str, # what the shell is given
 ) -> tuple[bytes, bytes, int]: # stdout, stderr, exit status
-    "Run a line."
-    out, err, status = b"", b"", 0
+    "Run a line; afterwards `over` says whether it left the shell."
+    out, err, status, self.over = b"", b"", 0, False
     try:
         for joint, words in parse_line(line):
             if joint == "&&" and status or joint == "||" and not status: continue
             name, *words = ["".join(str(status) if part is None else part for part in word) for word in words]
+            if name == "exit" and not words: words = [str(status)]
             try: out, status = out + self.execute(name, words), 0
             except ShellError as e: err, status = err + e.line(), e.code
+            if self.over: break
     except ShellError as e: err, status = err + e.line(), e.code
     return out, err, status
 
@@ -115,8 +117,11 @@ def run(self:Android,
 def execute(self:Android, name, words):
     self.log.append((name, *words))
     if name not in COMMANDS: raise ShellError(f"/system/bin/sh: {name}: inaccessible or not found", 127)
-    result = COMMANDS[name](self, words)
-    return result if isinstance(result, bytes) else result.encode(errors="surrogateescape")
+    try:
+        result = COMMANDS[name](self, words)
+        return result if isinstance(result, bytes) else result.encode(errors="surrogateescape")
+    except ShellError: raise
+    except Exception as e: raise ShellError(f"Exception occurred while executing '{(words or [name])[0]}':\n{type(e).__name__}: {e}", 255) from e
 
 # %% ../../nbs/20_devices.android.ipynb #20-013
 @command("echo")
@@ -129,7 +134,10 @@ def _true(android, words): return ""
 def _false(android, words): raise ShellError("", 1)
 
 @command("exit")
-def _exit(android, words): raise ShellError("", int(words[0]) if words and words[0].isdigit() else 0)
+def _exit(android, words):
+    android.over = True
+    if not re.fullmatch("-?[0-9]{1,9}", words[0]): raise ShellError(f"/system/bin/sh: exit: {words[0]}: bad number")
+    raise ShellError("", int(words[0]) % 256)
 
 @command("cat")
 def _cat(android, words): return b"".join(android.read(path) for path in words)
@@ -160,6 +168,7 @@ def room(self:Android, n): # raise where another n bytes are too many
 
 @patch
 def write(self:Android, path, data):
+    if not path: raise ShellError(": No such file or directory")
     self.room(len(data))
     self.files[path] = data
 
@@ -176,19 +185,24 @@ def is_folder(self:Android, path):
 
 # %% ../../nbs/20_devices.android.ipynb #20-018
 @patch
-def turned(self:Android): # whether the display lies on its side
+def rotation(self:Android): # quarter turns of the display, 0..3
     system = self.settings["system"]
-    return system["accelerometer_rotation"] == "0" and system["user_rotation"] == "1"
+    turns = system.get("user_rotation", "0") if system.get("accelerometer_rotation") == "0" else "0"
+    return int(turns) if turns in ("1", "2", "3") else 0
 
 @patch
 def size(self:Android): # of the upright screen, pixels
     return self.override or self.phone.size
 
 @patch
+def extent(self:Android): # of the display as it lies, pixels
+    return self.size()[::-1] if self.rotation() % 2 else self.size()
+
+@patch
 def picture(self:Android): # what screencap writes
     shot = self.phone.screenshot() if self.awake else Image.new("RGB", self.phone.size)
     if self.override: shot = shot.resize(self.override)
-    return shot.transpose(Image.Transpose.ROTATE_270) if self.turned() else shot
+    return shot.rotate(-90 * self.rotation(), expand=True)
 
 @command("screencap")
 def _screencap(android, words):
@@ -205,7 +219,7 @@ def _wm(android, words):
     width, height = android.phone.size
     if words == ["size", "reset"]: android.override = None
     elif words[:1] == ["size"] and words[1:]:
-        if not re.fullmatch(r"\d{2,4}x\d{2,4}", words[1]): raise ShellError(f"Error: bad size {words[1]}", 255)
+        if not re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", words[1]): raise ShellError(f"Error: bad size {words[1]}", 255)
         android.override = tuple(map(int, words[1].split("x")))
     elif words == ["size"]:
         return f"Physical size: {width}x{height}\n" + (f"Override size: {android.override[0]}x{android.override[1]}\n" if android.override else "")
@@ -220,8 +234,9 @@ KEYS = {"3": "home", "HOME": "home", "4": "back", "BACK": "back", "66": "enter",
 
 @patch
 def point(self:Android, x, y): # pixels of the display as it lies -> 0..1 of the upright screen
-    (width, height), (x, y) = self.size(), (float(x), float(y))
-    if self.turned(): x, y = width * y / width, height - x
+    (width, height), (x, y) = self.extent(), (float(x), float(y))
+    if not math.isfinite(x + y): raise ValueError
+    for _ in range(self.rotation()): x, y, width, height = y, width - x, height, width
     return min(max(x / width, 0), 1), min(max(y / height, 0), 1)
 
 @command("input")
@@ -290,8 +305,9 @@ def _open(android, name): android.phone.put(android.phone.with_app(name))
 
 def _start(android, options):
     phone, url = android.phone, options.get("-d", "")
+    site = urlsplit(url).netloc
     _open(android, "browser" if url else _app_of(options.get("-n", "").split("/")[0]))
-    if url: phone.put(phone.with_own(APPS["browser"].on_go(phone.now["apps"]["browser"], phone.episode, urlsplit(url).netloc)))
+    if url: phone.put(phone.with_own(APPS["browser"].on_go(phone.now["apps"]["browser"], phone.episode, site)))
     return f"Starting: Intent {{ {'act=android.intent.action.VIEW dat=' + url if url else 'cmp=' + options['-n']} }}\n"
 
 def _stop(android, package): # and forget what the app kept
@@ -302,7 +318,7 @@ def _stop(android, package): # and forget what the app kept
 
 @command("pm")
 def _pm(android, words):
-    if words[:2] == ["list", "packages"]: return "".join(f"package:{p}\n" for p in sorted(PACKAGES.values()) if all(w in p for w in words[2:] if w[0] != "-"))
+    if words[:2] == ["list", "packages"]: return "".join(f"package:{p}\n" for p in sorted(PACKAGES.values()) if all(w in p for w in words[2:] if not w.startswith("-")))
     if words[:1] == ["path"] and words[1:]: return f"package:/system/app/{_app_of(words[1])}.apk\n"
     if words[:1] == ["clear"] and words[1:]:
         _app_of(words[1])
@@ -335,14 +351,15 @@ def _settings(android, words):
 @command("dumpsys")
 def _dumpsys(android, words):
     service = words[0] if words else ""
-    app, (width, height) = android.phone.now["app"], android.size()[::-1] if android.turned() else android.size()
+    app, turns, (width, height) = android.phone.now["app"], android.rotation(), android.extent()
     if service == "window":
-        return (f"WINDOW MANAGER (dumpsys window)\n  init={android.phone.size[0]}x{android.phone.size[1]} cur={width}x{height} mRotation={int(android.turned())}\n"
+        return (f"WINDOW MANAGER (dumpsys window)\n  init={android.phone.size[0]}x{android.phone.size[1]} cur={width}x{height} mRotation={turns}\n"
+                f"  mCurrentRotation=ROTATION_{90 * turns}\n"
                 f"  mCurrentFocus=Window{{5f3c2a1 u0 {_activity(app)}}}\n  mFocusedApp=ActivityRecord{{7d1b0 u0 {_activity(app)} t12}}\n")
     if service == "input_method":
         shown = bool(android.phone.now["apps"][app].get("focus"))
         return f"Current Input Method Manager state:\n  mCurMethodId={android.keyboard}\n  mInputShown={str(shown).lower()}\n"
-    if service == "display": return f"  mViewports=[DisplayViewport{{type=INTERNAL, orientation={int(android.turned())}, deviceWidth={width}, deviceHeight={height}}}]\n"
+    if service == "display": return f"  mViewports=[DisplayViewport{{type=INTERNAL, orientation={turns}, deviceWidth={width}, deviceHeight={height}}}]\n"
     if service == "power": return f"  mWakefulness={'Awake' if android.awake else 'Asleep'}\n  mHoldingDisplaySuspendBlocker={str(android.awake).lower()}\n"
     raise ShellError(f"Can't find service: {service}", 255)
 
@@ -350,7 +367,7 @@ def _dumpsys(android, words):
 @command("uiautomator")
 def _uiautomator(android, words):
     if words[:1] != ["dump"]: raise ShellError(f"Unknown command: {' '.join(words)}", 255)
-    path, scale = ([w for w in words[1:] if w[0] != "-"] or ["/sdcard/window_dump.xml"])[0], android.size()[0] / SIZE[0]
+    path, scale = ([w for w in words[1:] if not w.startswith("-")] or ["/sdcard/window_dump.xml"])[0], android.size()[0] / SIZE[0]
     tree = android.phone.dump().replace('"com.android.phone', f'"{PACKAGES[android.phone.now["app"]]}')
     android.write(path, re.sub(r'bounds="([^"]*)"', lambda m: 'bounds="' + re.sub(r"\d+", lambda n: str(round(int(n[0]) * scale)), m[1]) + '"', tree).encode())
     return f"UI hierchary dumped to: {path}\n" # Android's own spelling

@@ -69,7 +69,8 @@ def draw_episode(
     except DigiqError as e: q, v, lacking = np.full(len(rows), np.nan), np.full(len(rows), np.nan), str(e)
     else: lacking = ""
     shown = rows.iloc[:most]
-    figure = new_figure(max(6, 1.25*len(shown)), 4.8)
+    width = max(6, 1.25*len(shown))
+    figure = new_figure(width, 4.8)
     strip, below = figure.subfigures(2, 1, height_ratios=[2.2, 1])
     for ax, r in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown.itertuples()):
         screen = view.screen(name, episode, r.step)
@@ -77,7 +78,7 @@ def draw_episode(
         ax.set_title(f"{r.step}", fontsize=8, color="#555555")
         ax.set_xlabel("\n".join(textwrap.wrap(words(r.action) or "end", 19)[:3]), fontsize=6.5)
         if r.reward > 0: ax.spines[:].set(color="#08448c", linewidth=2.5)
-    strip.suptitle(f"{name} {episode}: {textwrap.shorten(rows.goal[0], 80)}", fontsize=10, parse_math=False)
+    strip.suptitle("\n".join(textwrap.wrap(f"{name} {episode}: {rows.goal[0]}", int(13*width))[:2]), fontsize=10, parse_math=False)
     draw_values(below.subplots(), q[:most], v[:most], lacking)
     return small_picture(figure)
 
@@ -86,7 +87,8 @@ def draw_values(ax, q, v, lacking=""): # lines over the steps of an episode
     at = np.arange(len(q))
     ax.plot(at, v, "o-", color="#222222", ms=4, lw=1.5, label="V(s)")
     ax.plot(at, q, "s--", color="#0072B2", ms=4, lw=1.2, label="Q(s, a) of what was done")
-    ax.set_xlim(-.5, len(q) - .5); ax.set_xticks(at); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+    low, high = min(np.nanmin([v, q], initial=0), 0), np.nanmax([v, q], initial=.05) # no magnifying glass on nothing
+    ax.set_ylim(low - .05*(high - low), high + .15*(high - low)); ax.set_xlim(-.5, len(q) - .5); ax.set_xticks(at); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=7, ncols=2, loc="best")
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-film-2

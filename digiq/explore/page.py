@@ -87,7 +87,7 @@ CSS = """
 .dq .card { background: #fff; border-radius: 8px; padding: 10px; display: inline-block; max-width: 100%; } .dq .card img { max-width: 100%; display: block; }
 .dq progress { width: 100%; height: 6px; accent-color: var(--accent); }
 .dq .side > * + * { margin-top: 12px; }
-.dq .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; margin-top: 14px; }
+.dq .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; margin-top: 14px; }
 .dq text { font-family: inherit; }
 .dq .phone td:first-child { min-width: 118px; }
 @container (max-width: 900px) { .dq .phone { grid-template-columns: 230px minmax(0, 1fr); gap: 14px; } .dq td { padding: 3px 4px; } .dq th button { padding: 4px 3px; } }
