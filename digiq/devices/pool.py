@@ -50,10 +50,11 @@ def held(
 ):
     "A phone for this process alone. Raises `DeviceError` where another one has it."
     path = Path(tempfile.gettempdir())/f"digiq-phone-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}.lock"
-    with open(path, "w") as f:
-        try: flock(f, LOCK_EX | LOCK_NB)
-        except BlockingIOError: raise DeviceError(f"the phone {name} is in use by another run: wait for it, or name others in devices.serials") from None
-        yield
+    try:
+        f = open(path, "a")
+        flock(f, LOCK_EX | LOCK_NB)
+    except (BlockingIOError, PermissionError): raise DeviceError(f"the phone {name} is in use by another run, which holds {path}: wait for it, or name others in devices.serials") from None
+    with f: yield
 
 @contextmanager
 def open_devices(
