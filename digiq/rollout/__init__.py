@@ -9,6 +9,7 @@ __all__ = ['Rollout', 'schedule', 'Player', 'play', 'asked', 'counts', 'collect'
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 from fastcore.basics import patch
 
 from ..core import DataError, DigiqError, Run, derive_seed, seed_all, to_dict
@@ -141,7 +142,7 @@ def replay(
     env:DeviceEnv, # where to play it, with the device and evaluator that it was recorded on
 ): # yields (screen, action, reward) for each step, and at the end (screen, "", 0.)
     "Play a recorded episode again. Raises `DataError` where a reward is not the recorded one: the device is another."
-    steps = store.episodes().query("episode == @episode")
+    steps = store.index.table.filter(pc.field("episode") == episode).to_pandas()
     if steps.empty: raise DataError(f"{store} has no episode {episode}")
     task = next(t for t in tasks if t.id == steps.task_id.iloc[0])
     env.reset(seed=int(steps.seed.iloc[0]), options={"task": task})
