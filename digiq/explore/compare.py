@@ -15,7 +15,7 @@ from ..core import DigiqError
 from ..data import decode_screen
 from ..evaluation import success
 from .figures import DIAGNOSTICS, parting
-from .page import Explorer, SHARED, plain
+from .page import Explorer, SHARED, aside, plain
 from .run import RunView
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-005
@@ -175,9 +175,13 @@ class Diagnostics(Explorer):
         **traits, # `name` of the figure to begin with
     ):
         super().__init__(run, **traits)
-        self.drawn, self.stamp, self.task = {}, None, None
+        self.drawn, self.stamp, self.task, self.leafing = {}, None, None, False
         self.do_refresh()
-        self.observe(lambda _: self.show(), "name")
+        self.observe(lambda _: self.leaf(), "name")
+
+    def leaf(self): # to another figure
+        self.leafing = True
+        self.show()
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-011
 @patch
@@ -196,10 +200,10 @@ def show(self:Diagnostics):
 
 @patch
 async def draw_all(self:Diagnostics):
-    "Draw what is missing, the figure on show first."
-    while todo := [n for n in [self.name, *self.names] if n not in self.drawn]:
+    "Draw what is missing: the figure on show, then, for a reader who leafs, the others."
+    while todo := [n for n in [self.name, *self.names[:self.leafing*len(self.names)]] if n not in self.drawn]:
         drawn, name = self.drawn, todo[0]
-        drawn[name] = await asyncio.to_thread(self.draw, name)
+        drawn[name] = await aside(self.draw, name)
         if drawn is self.drawn and name == self.name: self.show()
 
 @patch

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..actions import complete, impossible, press, render, tap, type_text
 from .field import Field
-from .page import Explorer, SHARED, number, plain
+from .page import Explorer, SHARED, aside, number, plain
 from .run import Remembering, RunView
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-005
@@ -133,7 +133,7 @@ async def compute(self:QField):
     def piece():
         with self.run.busy: return next(work, True) # None while there is more
     try:
-        while await asyncio.to_thread(piece) is None: self.send_heat()
+        while await aside(piece) is None: self.send_heat()
         self.send_heat(True)
     except Exception as e: self.note = f"The field could not be computed: {e}"
 
