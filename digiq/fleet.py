@@ -126,7 +126,7 @@ def _work(self:Fleet, worker, attempt):
             elif (rows := self._play(worker, attempt, env)) is not None: self._hand_in(worker, attempt, rows)
     except Exception as e: self._failed(worker, attempt, e)
     finally:
-        with suppress(Exception):
+        with suppress(Exception): # of a device that has failed: why is known already
             if env is not None: env.close()
 
 @patch
@@ -242,8 +242,8 @@ def collect_fleet(
         store, kept, stream = EpisodeStore(run.path/name), EpisodeStore(run.path/"unfinished"/name), (seed, name.partition("/")[0])
         order, todo = schedule(tasks, cfg.episodes, *stream, sequential=sequential), store.shards.missing(-(-cfg.episodes // cfg.shard))
         if todo:
-            wanted = [i for k in todo for i in range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]]
-            jobs = [(i, order[i], derive_seed(*stream, i)) for i in wanted if i not in kept.shards.found()]
+            there = kept.shards.found()
+            jobs = [(i, order[i], derive_seed(*stream, i)) for k in todo for i in range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard] if i not in there]
             _fill(store, kept, Fleet([lambda make=make: make(tasks, cfg.horizon) for make in makers], policy, cfg, fleet), jobs, todo, cfg, stage, name)
         shutil.rmtree(kept.shards.path, ignore_errors=True)
         stage.counts |= counts(store)
@@ -283,10 +283,10 @@ class Display:
 # %% ../nbs/33_fleet.ipynb #33-021
 def _fill(store, kept, fleet, jobs, todo, cfg, stage, name):
     def close(k): # a shard whose episodes are all there
-        here = range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard]
-        if not set(here) <= kept.shards.found().keys(): return
+        here, there = range(cfg.episodes)[k * cfg.shard:(k + 1) * cfg.shard], kept.shards.found()
+        if not set(here) <= there.keys(): return
         store.write_shard(k, [row for i in here for row in kept.rows(i)])
-        for i in here: kept.shards.found()[i].unlink()
+        for i in here: there[i].unlink()
         stage.save()
     for i, f in kept.shards.found().items():
         if i // cfg.shard not in todo: f.unlink() # its shard was written in the last moment before the end
