@@ -232,13 +232,21 @@ def episodes(self:EpisodeStore) -> pd.DataFrame: # a row a step, every column bu
 def _parquet_file(path): return pq.ParquetFile(path, memory_map=True)
 
 @lru_cache(maxsize=32)
-def _pictures(path, group): return _parquet_file(path).read_row_group(group, ["screen"])["screen"].combine_chunks().field("bytes")
+def _pictures(path, group): return _parquet_file(path).read_row_group(group, ["screen.bytes"], use_threads=False)["screen"].chunk(0).field("bytes")
 
 @patch
-def _picture(self:EpisodeStore, episode, step): # as stored
+def picture(self:EpisodeStore,
+    episode:int, # its number
+    step:int, # of the episode, up to the last row's
+) -> bytes|None: # a picture file; None where it was recorded without screens
+    "One screen, as stored. Raises `DataError` where there is no such step."
     path, row = self.index.place(episode, step)
     size = _parquet_file(path).metadata.row_group(0).num_rows
-    data = _pictures(path, row // size)[row % size].as_py()
+    return _pictures(path, row // size)[row % size].as_py()
+
+@patch
+def _picture(self:EpisodeStore, episode, step):
+    data = self.picture(episode, step)
     if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
     return data
 

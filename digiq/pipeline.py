@@ -931,8 +931,8 @@ def draw_curves(self:Experiment) -> Image.Image:
     from matplotlib.figure import Figure
     curves = self.curves()
     if not curves: raise DigiqError(f"nothing has been trained yet in {self.path}: the curves begin with the first training")
-    figure = Figure(figsize=(10, 2.8), layout="constrained", dpi=90)
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(10, 2.8), dpi=90)
+    left, middle, right = figure.subplots(1, 3, gridspec_kw=dict(left=.05, right=.99, bottom=.18, top=.9, wspace=.2))
     if "representation" in curves: left.plot(smooth(curves["representation"]), color="#0072B2")
     for name, style in dict(critic="-", critic_without_representation=":").items():
         if name not in curves: continue

@@ -130,11 +130,13 @@ async def trajectory(it, view, e):
     await part.locator("input[type=search]").fill(HOSTILE)
     assert await part.locator(".list button").count() == 0
     await part.locator("input[type=search]").fill("")
-    await part.locator(".frame:nth-child(3)").click()
+    for step in (1, 2):
+        await part.locator(f".frame:nth-child({step + 1})").click(delay=PRESSED)
+        if await it.part("Action explorer").count(): await it.until("Action explorer: follows", f"e.querySelector('[data-state]').dataset.state === '{e + 1}/{step}'")
 
 
 async def actions(it, view, e):
-    await it.until("Action explorer: follows", f"e.querySelector('[data-state]').dataset.state === '{e}/2'")
+    await it.until("Action explorer: there", f"e.querySelector('[data-state]').dataset.state === '{e}/2'")
     part = (await it.bring("Action explorer")).first
     found, rows = view.candidates("episodes", e, 2)[0], part.locator("tbody tr")
     assert await rows.count() == len(found)
@@ -196,8 +198,10 @@ async def live(it, view):
 async def compare(it):
     part = await it.bring("Compare agents")
     await it.until("Compare agents: screens of the first pair", "e.querySelector('[data-screens=\"0\"]')")
-    await it.took("Compare agents: another pair", part.locator(".list button").nth(1).click(delay=PRESSED), "e.querySelector('[data-chosen=\"1\"] .frame')")
-    await it.until("Compare agents: its screens, played again", "e.querySelector('[data-screens=\"1\"]')")
+    last = await part.locator(".list button").count() - 1
+    for what, k in (("the next pair", 1), ("a pair further down", last)):
+        await it.took(f"Compare agents: {what}", part.locator(".list button").nth(k).click(delay=PRESSED), f"e.querySelector('[data-chosen=\"{k}\"] .frame')")
+        await it.until(f"Compare agents: screens of {what}", f"e.querySelector('[data-screens=\"{k}\"]')")
 
 
 async def diagnostics(it):

@@ -12,10 +12,9 @@ import traitlets as T
 from fastcore.basics import patch
 
 from ..core import DigiqError
-from ..data import decode_screen
 from ..evaluation import success
 from .figures import DIAGNOSTICS, parting
-from .page import Explorer, SHARED, aside, plain
+from .page import Explorer, SHARED, aside, frames, plain
 from .run import RunView
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-005
@@ -37,7 +36,7 @@ export default {render({model, el: root}) {
     const p = model.get("pair");
     if (!p.sides) { put(goal); put(strips); return; }
     put(goal, p.goal, el("span", {class: "soft"}, `   level ${p.level}. ` + (p.parts < Math.max(...p.sides.map(s => s.steps.length)) - 1 ? `They part at step ${p.parts}.` : "They never part.")));
-    const boxes = p.sides.map((s, k) => el("div", {class: "film", tabindex: 0, role: "group", "aria-label": `steps of ${"AB"[k]}`})), both = p.sides.map(s => film(s.steps, [], [270, 600], i => both.forEach(f => f.select(i)), p.parts));
+    const boxes = p.sides.map((s, k) => el("div", {class: "film", tabindex: 0, role: "group", "aria-label": `steps of ${"AB"[k]}`})), both = p.sides.map(s => film(s.steps, [], s.size, i => both.forEach(f => f.select(i)), p.parts));
     put(strips, ...p.sides.flatMap((s, k) => [el("div", {class: "soft", style: "margin-top: 6px"}, el("b", {}, `${"AB"[k]}: ${s.name}`), s.success ? "   ★ success" : "   no success", ` after ${s.steps.length - 1} steps`), put(boxes[k], both[k].row)]));
     boxes.forEach((b, k) => b.addEventListener("scroll", () => { boxes[1 - k].scrollLeft = b.scrollLeft; }));
     both.forEach(f => f.select(p.parts));
@@ -45,10 +44,13 @@ export default {render({model, el: root}) {
     drawScreens();
   };
   const drawScreens = () => { // into the strips that are there
-    const s = model.get("screens");
-    if (s.chosen !== model.get("chosen")) return;
-    strips.querySelectorAll(".film").forEach((f, k) => f.querySelectorAll("image").forEach((node, i) => { if (s.shots[k]?.[i]) node.setAttribute("href", address(s.shots[k][i])); }));
-    strips.dataset.screens = s.shots.every(x => x.length) ? s.chosen : "";
+    const there = [...strips.querySelectorAll(".film")].filter((f, k) => {
+      const {chosen, shots, frames} = model.get(["screens_one", "screens_other"][k]);
+      if (chosen !== model.get("chosen")) return false;
+      f.querySelectorAll("image").forEach((node, i) => node.setAttribute("href", address(shots[frames[i]])));
+      return true;
+    });
+    strips.dataset.screens = there.length === 2 ? model.get("chosen") : "";
   };
   const drawRates = () => {
     const table = (title, rows) => el("div", {class: "scroll", style: "max-height: 230px"}, el("table", {}, el("thead", {}, el("tr", {}, ...[title, "A", "B", "episodes"].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))), el("tbody", {}, ...rows.map(x => el("tr", {}, el("td", {}, x.name), el("td", {}, x.a), el("td", {}, x.b), el("td", {}, x.n))))));
@@ -56,7 +58,7 @@ export default {render({model, el: root}) {
   };
   const where = () => { options(one, model.get("agents"), model.get("one")); options(other, model.get("agents"), model.get("other")); };
   for (const k of ["agents", "one", "other"]) model.on(`change:${k}`, where);
-  model.on("change:rows", draw); model.on("change:chosen", drawChosen); model.on("change:pair", drawPair); model.on("change:screens", drawScreens); model.on("change:rates", drawRates); model.on("change:by_task", drawRates);
+  model.on("change:rows", draw); model.on("change:chosen", drawChosen); model.on("change:pair", drawPair); for (const k of ["screens_one", "screens_other"]) model.on(`change:${k}`, drawScreens); model.on("change:rates", drawRates); model.on("change:by_task", drawRates);
   where(); draw(); drawPair(); drawRates();
 }};
 """
@@ -71,7 +73,8 @@ class CompareRuns(Explorer):
     rows = T.List().tag(sync=True) # episodes that both played
     chosen = T.Int(0).tag(sync=True) # place in `rows`
     pair = T.Dict().tag(sync=True) # both episodes
-    screens = T.Dict().tag(sync=True) # `chosen`, `size`, and `shots` of both, as far as they have been played again
+    screens_one = T.Dict().tag(sync=True) # of the first agent: `chosen`, `shots` and `frames`
+    screens_other = T.Dict().tag(sync=True) # of the second one
     rates = T.List().tag(sync=True) # success by level
     by_task = T.List().tag(sync=True) # successes of each task
 
@@ -100,7 +103,7 @@ def match(self:CompareRuns):
     self.both = ended[0].merge(ended[1], on=["task_id", "seed"], suffixes=("_a", "_b"))
     with self.hold_sync():
         self.rows = [dict(goal=r.goal_a, a=bool(r.success_a), b=bool(r.success_b)) for r in self.both.itertuples()]
-        self.rates, self.by_task, self.pair, self.screens, self.note, self.chosen = [], [], {}, {}, "", 0
+        self.rates, self.by_task, self.pair, self.screens_one, self.screens_other, self.note, self.chosen = [], [], {}, {}, {}, "", 0
         if not self.rows: self.note = f"{self.one} and {self.other} have no episode of the same task and seed"; return
         a, b = (success(self.both.rename(columns={f"success_{s}": "success", "level_a": "level"})[["success", "level"]]) for s in "ab")
         cell = lambda r: f"{100*r['mean']:.1f} [{100*r['low']:.1f}, {100*r['high']:.1f}]"
@@ -122,7 +125,7 @@ def show(self:CompareRuns):
     if not 0 <= self.chosen < len(self.rows): return
     r, played = self.both.iloc[self.chosen], self.played(self.chosen)
     rows = [view.steps(stored, episode) for view, stored, episode in played]
-    sides = [dict(name=name, success=bool(x.reward.max() >= 1), steps=[plain(s.action) | dict(step=int(s.step), reward=round(float(s.reward), 3), error=s.error) for s in x.itertuples()]) for name, x in zip((self.one, self.other), rows)]
+    sides = [dict(name=name, size=view.size(stored, episode), success=bool(x.reward.max() >= 1), steps=[plain(s.action) | dict(step=int(s.step), reward=round(float(s.reward), 3), error=s.error) for s in x.itertuples()]) for name, x, (view, stored, episode) in zip((self.one, self.other), rows, played)]
     with self.hold_sync():
         self.note = ""
         self.pair = dict(goal=r.goal_a, level=int(r.level_a), parts=parting(*rows), sides=sides)
@@ -131,12 +134,10 @@ def show(self:CompareRuns):
 @patch
 async def follow(self:CompareRuns, played):
     "Send the screens of both."
-    shots, chosen = [[], []], self.chosen
-    await asyncio.sleep(.05) # what both did comes first
+    chosen = self.chosen
+    await asyncio.sleep(.01) # what both did comes first
     try:
-        for k, (view, stored, episode) in enumerate(played):
-            shots[k] = await view.pictures(stored, episode)
-            self.screens = dict(chosen=chosen, shots=list(shots), size=decode_screen(shots[k][0]).size)
+        for side, (view, stored, episode) in zip(("screens_one", "screens_other"), played): setattr(self, side, dict(chosen=chosen) | frames(await view.pictures(stored, episode)))
         if chosen + 1 < len(self.rows): # who goes down the list finds the next pair played already
             for view, stored, episode in self.played(chosen + 1): await view.pictures(stored, episode)
     except DigiqError as e: self.note = str(e)
@@ -156,9 +157,11 @@ export default {render({model, el: root}) {
     put(card, f.name !== model.get("name") ? null : f.drawing ? el("div", {class: "soft", role: "status"}, "drawing …") : f.picture ? el("div", {class: "card"}, el("img", {src: URL.createObjectURL(new Blob([f.picture], {type: "image/png"})), alt: f.name})) : null);
     card.dataset.name = f.name || ""; card.dataset.drawing = Boolean(f.drawing);
   };
+  const sight = new IntersectionObserver(seen => { if (seen.some(s => s.isIntersecting)) { sight.disconnect(); model.send({do: "leaf"}); } });
+  sight.observe(tabs);
   model.on("change:figure", draw); model.on("change:name", draw);
   draw();
-  return () => clearInterval(timer);
+  return () => { clearInterval(timer); sight.disconnect(); };
 }};
 """
 
@@ -177,11 +180,11 @@ class Diagnostics(Explorer):
         super().__init__(run, **traits)
         self.drawn, self.stamp, self.task, self.leafing = {}, None, None, False
         self.do_refresh()
-        self.observe(lambda _: self.leaf(), "name")
+        self.observe(lambda _: self.show(), "name")
 
-    def leaf(self): # to another figure
+    def do_leaf(self): # it came into sight, and its reader will want the others, too
         self.leafing = True
-        self.show()
+        self.work()
 
 # %% ../../nbs/70g_explore.compare.ipynb #70g-011
 @patch
@@ -196,12 +199,17 @@ def show(self:Diagnostics):
     "Send the figure, or see to it that it is drawn."
     found = self.drawn.get(self.name, dict(name=self.name, drawing=True))
     self.figure, self.note = found, found.get("lacking", "")
-    if "drawing" in found and not (self.task and not self.task.done()): self.task = self.soon(self.draw_all())
+    if "drawing" in found: self.work()
+
+@patch
+def work(self:Diagnostics):
+    "See to it that somebody draws."
+    if not self.task or self.task.done(): self.task = self.soon(self.draw_all())
 
 @patch
 async def draw_all(self:Diagnostics):
-    "Draw what is missing: the figure on show, then, for a reader who leafs, the others."
-    while todo := [n for n in [self.name, *self.names[:self.leafing*len(self.names)]] if n not in self.drawn]:
+    "Draw what is missing: the figure on show, then, when in sight, the others, the slowest first."
+    while todo := [n for n in [self.name, *self.names[::-1]*self.leafing] if n not in self.drawn]:
         drawn, name = self.drawn, todo[0]
         drawn[name] = await aside(self.draw, name)
         if drawn is self.drawn and name == self.name: self.show()

@@ -66,7 +66,7 @@ def rough(self:Field,
 # %% ../../nbs/70a_explore.field.ipynb #70a-009
 @patch
 def work(self:Field,
-    piece:int=18, # taps in the first piece
+    piece:int=6, # taps in the first piece
     seconds:float=.05, # that a piece should take; who asks about a single tap waits as long
 ): # yields after every piece
     "Judge the coarse taps, then the fine ones."

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DIVERGING', 'MARK', 'DIAGNOSTICS', 'new_figure', 'show_screen', 'draw_action', 'draw_episode', 'draw_values',
-           'film_of', 'scale', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores', 'axes_of',
+           'film_of', 'scale', 'draw_judged', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores', 'axes_of',
            'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map', 'draw_training',
            'parting', 'draw_pair']
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-003
 import textwrap
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ..actions import is_valid, parse
 from ..core import DigiqError
-from ..data import Embeddings, EpisodeStore
+from ..data import EpisodeStore
 from ..evaluation import plot_reliability, reliability
 from .field import Field
 from .run import RunView, words
@@ -30,7 +31,7 @@ from ..recording import Film, film
 DIVERGING = LinearSegmentedColormap.from_list("orange-blue", ["#a63c00", "#f08a24", "#d9d9d9", "#4a9fdc", "#08448c"])
 MARK = "#e0218a" # what was done; on no screen and in no scale
 
-def new_figure(width, height): return Figure(figsize=(width, height), layout="constrained", dpi=90)
+def new_figure(width, height, layout="constrained"): return Figure(figsize=(width, height), layout=layout, dpi=90)
 
 def show_screen(
     ax, # matplotlib axes
@@ -111,29 +112,39 @@ def scale(
     known = [abs(a) for a in advantages if a is not None and not np.isnan(a)]
     return max([*known, 1e-4, 0 if v is None or np.isnan(v) else .05*abs(v)])
 
+def draw_judged(
+    goal:str, # what to do
+    screen:Image.Image, # what the phone shows
+    found:pd.DataFrame, # a row an action: action, words, count, advantage (nan where unknown), and chosen, which gets a star
+    v:float, # of the state, nan where unknown
+) -> Image.Image:
+    "Actions on a screen, and a bar for the advantage of each."
+    most = scale(found.advantage, v)
+    found = found.sort_values("advantage", ascending=False, na_position="last").reset_index(drop=True)
+    colours, norm = DIVERGING, Normalize(-most, most)
+    figure = new_figure(8, max(4.4, .24*min(len(found), 24) + 1))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
+    show_screen(left, screen)
+    for k, r in enumerate(found.itertuples()): draw_action(left, r.action, screen.size, "#9e9e9e" if np.isnan(r.advantage) else colours(norm(r.advantage)), 9 - k*.01)
+    few = found.iloc[:24]
+    right.barh(few.index, few.advantage.fillna(0), color=[colours(norm(a)) for a in few.advantage.fillna(0)], edgecolor="#555555", lw=.5)
+    right.set_yticks(few.index, [f"{'★ ' if r.chosen else ''}{textwrap.shorten(r.words, 34, placeholder='…')} ×{r.count}" for r in few.itertuples()], fontsize=7, parse_math=False)
+    right.invert_yaxis(); right.axvline(0, color="#555555", lw=.8); right.spines[["top", "right"]].set_visible(False)
+    right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8); right.tick_params(axis="x", labelsize=7)
+    figure.suptitle("\n".join(textwrap.wrap(goal, 80)[:2]) + ("" if np.isnan(v) else f"\nV = {v:.2g}"), fontsize=9, parse_math=False)
+    return small_picture(figure)
+
 def draw_candidates_of(
     view:RunView, # the run
     name:str="episodes", # of a set
     episode:int=0, # its number
     step:int=0, # of the episode
 ) -> Image.Image:
-    "The candidates of a state on its screen, and a bar for the advantage of each."
+    "The candidates of a recorded state; a star for those that Best-of-N chooses. Raises `DigiqError` at an episode's end."
     found, v = view.candidates(name, episode, step)
     if found.empty: raise DigiqError(f"{name} {episode} had ended at step {step}: choose an earlier one")
-    state, most = view.state(name, episode, step), scale(found.advantage, v)
-    found = found.sort_values("advantage", ascending=False, na_position="last").reset_index(drop=True)
-    colours, norm = DIVERGING, Normalize(-most, most)
-    figure = new_figure(8, max(4.4, .24*min(len(found), 24) + 1))
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
-    show_screen(left, state.screen)
-    for k, r in enumerate(found.itertuples()): draw_action(left, r.action, state.screen.size, "#9e9e9e" if np.isnan(r.advantage) else colours(norm(r.advantage)), 9 - k*.01)
-    few = found.iloc[:24]
-    right.barh(few.index, few.advantage.fillna(0), color=[colours(norm(a)) for a in few.advantage.fillna(0)], edgecolor="#555555", lw=.5)
-    right.set_yticks(few.index, [f"{'★ ' if r.chosen else ''}{textwrap.shorten(r.words, 34, placeholder='…')} ×{r.count}" for r in few.itertuples()], fontsize=7, parse_math=False)
-    right.invert_yaxis(); right.axvline(0, color="#555555", lw=.8); right.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8); right.tick_params(axis="x", labelsize=7)
-    figure.suptitle("\n".join(textwrap.wrap(state.goal, 80)[:2]) + ("" if np.isnan(v) else f"\nV = {v:.2g}"), fontsize=9, parse_math=False)
-    return small_picture(figure)
+    state = view.state(name, episode, step)
+    return draw_judged(state.goal, state.screen, found, v)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-012
 def draw_field(
@@ -187,10 +198,11 @@ def stored_scores(
     return view.remembered(("all scores", (view.path/"scores.parquet").stat().st_mtime_ns), read)
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-017
-def axes_of(title, x, y, width=4.6):
-    figure = new_figure(width, 3.6)
-    ax = figure.subplots()
+def axes_of(title, x, y):
+    figure = new_figure(4.6, 3.6, None)
+    ax = figure.add_axes([.15, .14, .82, .77]) # to work this out takes as long as to draw it
     ax.set_title(title, fontsize=10); ax.set_xlabel(x); ax.set_ylabel(y); ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9); ax.ticklabel_format(axis="y", scilimits=(-2, 3)); ax.locator_params(axis="x", nbins=8)
     return figure, ax
 
 def draw_reliability(view) -> Image.Image:
@@ -247,18 +259,16 @@ def project(
 # %% ../../nbs/70b_explore.figures.ipynb #70b-022
 def draw_map(
     view, # the run
-    most:int=600, # pairs, or a few more
+    most:int=400, # states, or a few more
 ) -> Image.Image:
     "Recorded actions by their f(s, a), coloured by whether the screen changed."
-    view.lab.require("embeddings")
-    rows = view.table("episodes")
+    found, rows = view.embeddings, view.table("episodes")[["episode", "step", "action"]]
     order = np.random.default_rng(0).permutation(rows.episode.unique()) # whole episodes: their screens lie side by side
-    rows = rows[rows.action.map(is_valid)]
-    so_far = rows.episode.value_counts().reindex(order, fill_value=0).cumsum().to_numpy()
+    so_far = rows.episode.value_counts().reindex(order).cumsum().to_numpy()
     rows = rows[rows.episode.isin(order[:1 + np.searchsorted(so_far, most)])]
-    found = Embeddings(view.path/"embeddings")
+    rows, looks = rows[rows.action.map(is_valid)], lru_cache(view.store("episodes").digest)
     x = found[np.concatenate([found.rows(r.episode, r.step, [r.action]) for r in rows.itertuples()])]
-    changed = np.array([view.picture("episodes", r.episode, r.step) != view.picture("episodes", r.episode, r.step + 1) for r in rows.itertuples()])
+    changed = np.array([looks(r.episode, r.step) != looks(r.episode, r.step + 1) for r in rows.itertuples()])
     at, share = project(x)
     figure, ax = axes_of("What f(s, a) tells apart", f"first component, {share[0]:.0%}", f"second, {share[1]:.0%}")
     for label, some, colour, mark in (("screen stays", ~changed, "#E69F00", "x"), ("screen changes", changed, "#0072B2", "o")): ax.scatter(*at[some].T, s=14, color=colour, marker=mark, alpha=.6, linewidths=1, label=label)
@@ -270,7 +280,7 @@ def draw_training(view) -> Image.Image:
     "Losses of everything that has been trained so far, or is being trained. Raises `DigiqError` where nothing is."
     return view.lab.draw_curves()
 
-DIAGNOSTICS = {"Reliability": draw_reliability, "ROC of V": draw_roc, "Advantages": draw_advantages, "TD error": draw_td_error, "Map of f(s, a)": draw_map, "Training": draw_training}
+DIAGNOSTICS = {"Reliability": draw_reliability, "ROC of V": draw_roc, "Advantages": draw_advantages, "TD error": draw_td_error, "Training": draw_training, "Map of f(s, a)": draw_map}
 
 # %% ../../nbs/70b_explore.figures.ipynb #70b-025
 def parting(

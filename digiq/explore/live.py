@@ -9,14 +9,16 @@ __all__ = ['LIVE_JS', 'LivePhone']
 import asyncio
 
 import numpy as np
+import pandas as pd
 import traitlets as T
 from fastcore.basics import patch
+from PIL import Image
 
 from ..actions import complete, impossible, is_valid, press, render, swipe, tap, type_text
 from ..core import DigiqError
 from ..data import EpisodeStore, encode_screen
 from ..env import DeviceEnv
-from .figures import scale
+from .figures import draw_judged, scale
 from .page import Explorer, SHARED, number, plain
 from .run import RunView
 from ..phone import SimPhone
@@ -187,6 +189,14 @@ def advise(self:LivePhone):
         with self.run.busy: (q,), (v,) = self.run.scorer(*where, [self.suggested])
     rows = [plain(a) | dict(count=samples.count(a), q=number(x), advantage=number(x - v)) for a, x in zip(self.suggested, q)]
     self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=scale([r["advantage"] for r in rows], v))
+
+@patch
+def draw(self:LivePhone) -> Image.Image:
+    "The same in print; a star for what the agent does when it is its turn. Raises `DigiqError` when the episode is over."
+    if not self.env.running: raise DigiqError("The episode is over: begin a new one.")
+    if self.advice.get("step") != self.env.steps: self.advise()
+    found = pd.DataFrame(self.advice["rows"]).assign(action=self.suggested).astype(dict(advantage=float))
+    return draw_judged(self.env.task.goal, self.env.screen, found.assign(chosen=found.index == 0), np.nan if self.advice["v"] is None else self.advice["v"])
 
 # %% ../../nbs/70f_explore.live.ipynb #70f-013
 @patch

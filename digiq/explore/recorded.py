@@ -11,7 +11,7 @@ from fastcore.basics import patch
 
 from ..core import DigiqError
 from .figures import scale
-from .page import Explorer, SHARED, number, plain
+from .page import Explorer, SHARED, frames, number, plain
 from .run import RunView, ended
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-005
@@ -60,7 +60,7 @@ export default {render({model, el: root}) {
     const s = model.get("strip");
     if (!s.steps) return;
     put(goal, s.goal, el("span", {class: "soft"}, `   episode ${s.episode}, level ${s.level}, ${s.success ? "success" : "no success"}`));
-    strip = film(s.steps, s.shots, s.size, choose);
+    strip = film(s.steps, s.frames.map(i => s.shots[i]), s.size, choose);
     put(box, strip.row, plot(s.steps, choose));
     box.dataset.episode = s.episode;
     drawStep();
@@ -127,10 +127,10 @@ def show_episode(self:TrajectoryExplorer):
     try: q, v = self.run.values(self.set, self.episode)
     except DigiqError as e: q = v = [float("nan")]*len(rows); lacking["critic"] = f"No V and Q: {e}"
     steps = [plain(r.action) | dict(step=int(r.step), reward=round(float(r.reward), 3), error=r.error, q=number(a), v=number(b)) for r, a, b in zip(rows.itertuples(), q, v)]
-    shots = [self.run.picture(self.set, self.episode, s) for s in rows.step]
+    shots = frames([self.run.picture(self.set, self.episode, s) for s in rows.step])
     with self.hold_sync():
         self.step = min(self.step, len(rows) - 1)
-        self.strip = dict(episode=self.episode, goal=rows.goal[0], level=int(rows.level[0]), success=bool(rows.reward.max() >= 1), steps=steps, shots=shots, size=self.run.screen(self.set, self.episode, 0).size)
+        self.strip = dict(episode=self.episode, goal=rows.goal[0], level=int(rows.level[0]), success=bool(rows.reward.max() >= 1), steps=steps, size=self.run.size(self.set, self.episode), **shots)
         self.note = "\n".join(lacking.values())
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-010

@@ -6,7 +6,7 @@
 __all__ = ['MEANING', 'recorded_settings', 'RunView', 'State', 'Remembering', 'ended', 'words']
 
 # %% ../../nbs/70_explore.run.ipynb #70-003
-import asyncio, hashlib, re, threading
+import asyncio, hashlib, io, re, threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,6 +24,7 @@ from ..actions import ActionError, in_words, is_valid, parse
 from ..core import ConfigError, DigiqError, from_dict, read_json, to_dict
 from ..data import Embeddings, EpisodeStore, Proposals, decode_screen, encode_screen
 from ..extraction import Scores
+from ..phone import SimPhone
 from ..pipeline import Experiment, Nothing, Preset, from_nbs, overlay
 from ..scoring import Scorer
 
@@ -57,7 +58,7 @@ class RunView:
     ):
         self.path = from_nbs(path)
         if not self.path.is_dir(): raise DigiqError(f"there is no run directory {self.path}: run nbs/train.ipynb first, or give the path of a run")
-        self.opened, self.memory = {}, OrderedDict()
+        self.opened, self.memory, self.playing = {}, OrderedDict(), {}
         self.busy = threading.RLock() # held while critic and VLM are at work: they serve one at a time
         self.noting = threading.Lock() # held while `memory` changes
 
@@ -157,12 +158,6 @@ def steps(self:RunView,
     return rows.reset_index(drop=True)
 
 # %% ../../nbs/70_explore.run.ipynb #70-015
-@lru_cache(maxsize=8)
-def _pictures(path, group): return pq.ParquetFile(path).read_row_group(group, ["screen"])["screen"].combine_chunks().field("bytes")
-
-@lru_cache(maxsize=64)
-def _group_size(path): return pq.ParquetFile(path).metadata.row_group(0).num_rows
-
 @patch
 def picture(self:RunView,
     name:str, # of a set
@@ -170,9 +165,7 @@ def picture(self:RunView,
     step:int, # up to the last row's
 ) -> bytes: # a WebP file
     "One screen. Raises `DigiqError` where it was not recorded and cannot be played again."
-    path, row = self.store(name).index.place(episode, step)
-    size = _group_size(path)
-    data = _pictures(path, row // size)[row % size].as_py()
+    data = self.store(name).picture(episode, step)
     return self.remembered(("replay", name, episode), lambda: [*map(encode_screen, self._replay(name, episode))])[step] if data is None else data
 
 @patch
@@ -187,17 +180,34 @@ async def pictures(self:RunView,
     name:str, # of a set
     episode:int, # its number
 ) -> list[bytes]: # a WebP file a row
-    "All screens of an episode. Between two screens that have to be played again, others get their turn."
-    key, rows = ("replay", name, episode), self.steps(name, episode)
-    path, row = self.store(name).index.place(episode, 0)
-    if key not in self.memory and _pictures(path, row // _group_size(path))[row % _group_size(path)].as_py() is None:
-        made = []
-        for shot in self._replay(name, episode):
-            made.append(asyncio.create_task(asyncio.to_thread(encode_screen, shot)))
+    "All screens of an episode. Those that have to be played again go on being played when the caller is cancelled; between two of them, others get their turn."
+    key = "replay", name, episode
+    if key not in self.memory and self.store(name).picture(episode, 0) is None:
+        if key not in self.playing: self.playing[key] = asyncio.create_task(self._play(key))
+        await asyncio.shield(self.playing[key]) # who comes back for it finds it further on
+    return [self.picture(name, episode, s) for s in self.steps(name, episode).step]
+
+@patch
+async def _play(self:RunView, key):
+    try:
+        made, order = {}, []
+        for shot in self._replay(*key[1:]):
+            look = shot.tobytes()
+            if look not in made: made[look] = asyncio.create_task(asyncio.to_thread(encode_screen, shot))
+            order.append(made[look])
             await asyncio.sleep(0)
-        made = await asyncio.gather(*made)
+        made = await asyncio.gather(*order)
         self.remembered(key, lambda: made)
-    return [self.picture(name, episode, s) for s in rows.step]
+    finally: del self.playing[key]
+
+@patch
+def size(self:RunView,
+    name:str, # of a set
+    episode:int, # its number
+) -> tuple[int, int]: # width and height, pixels
+    "How large an episode's screens are."
+    data = self.store(name).picture(episode, 0)
+    return Image.open(io.BytesIO(data)).size if data else SimPhone().size
 
 @patch
 def screen(self:RunView,
@@ -341,6 +351,12 @@ def _proposals(path): return Proposals(path)
 @lru_cache(maxsize=4)
 def _embeddings(path): return Embeddings(path)
 
+@patch(as_prop=True)
+def embeddings(self:RunView) -> Embeddings:
+    "Stored f(s, a). Raises `DigiqError` where there is none."
+    self.lab.require("embeddings")
+    return _embeddings(self.path/"embeddings")
+
 # %% ../../nbs/70_explore.run.ipynb #70-024
 def ended(
     rows:pd.DataFrame, # of an episode
@@ -384,7 +400,7 @@ def _candidates(self:RunView, name, episode, step):
 def _recall(self:RunView, state, episode, step, actions): # stored f(s, a), so that the VLM is not asked
     memory = self.scorer.embedder
     if isinstance(memory, Nothing): return
-    valid, found = [a for a in actions if is_valid(a)], _embeddings(self.path/"embeddings")
+    valid, found = [a for a in actions if is_valid(a)], self.embeddings
     memory.put(state.screen, valid, found[found.rows(episode, step, valid)])
 
 @patch

@@ -142,9 +142,10 @@ def replay(
     env:DeviceEnv, # where to play it, with the device and evaluator that it was recorded on
 ): # yields (screen, action, reward) for each step, and at the end (screen, "", 0.)
     "Play a recorded episode again. Raises `DataError` where a reward is not the recorded one: the device is another."
-    steps = store.index.table.filter(pc.field("episode") == episode).to_pandas()
+    steps = store.index.table.filter(pc.equal(store.index.table["episode"], episode)).to_pandas()
     if steps.empty: raise DataError(f"{store} has no episode {episode}")
-    task = next(t for t in tasks if t.id == steps.task_id.iloc[0])
+    name = steps.task_id.iloc[0]
+    task = next(t for t in tasks if t.id == name)
     env.reset(seed=int(steps.seed.iloc[0]), options={"task": task})
     for action, recorded in zip(steps.action[:-1], steps.reward[:-1]):
         screen, (_, reward, *_) = env.screen, env.step(action)
