@@ -52,11 +52,12 @@ def best(
 def best_of_n(
     scores:Scores, # a table
     threshold:float=0., # smallest advantage worth learning from, epsilon
-    support:float=0. # see `best`
+    support:float=0., # see `best`
+    floor:float=-np.inf # smallest V worth learning from
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
     "Imitate the best candidate where it beats the state's value"
     rows = best(scores, support)
-    rows = rows[scores.q[rows] - scores.v[rows] > threshold]
+    rows = rows[(scores.q[rows] - scores.v[rows] > threshold) & (scores.v[rows] > floor)]
     return rows, np.ones(len(rows), np.float32)
 
 # %% ../nbs/51_extraction.ipynb #51-014
@@ -107,7 +108,8 @@ def reinforce(
 class ExtractionConfig:
     "From scores to weights"
     method: str = "best_of_n"  # best_of_n, awr, reinforce, sft, filtered_bc or most_proposed
-    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 learns from every state, 0 is the paper's rule
+    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 for none, 0 is the paper's rule
+    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 is the paper's rule
     support: float = 1.        # Best-of-N and re-ranking: power of the number of proposals, tau; 0 is the paper's rule
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
@@ -118,7 +120,7 @@ def weights(
     cfg:ExtractionConfig # the rule and its settings
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; rows of weight 0 are left out
     "What to imitate, and how much. Raises `ConfigError` for a method that does not exist."
-    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
+    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
         sft=lambda: sft(scores), filtered_bc=lambda: filtered_bc(scores), most_proposed=lambda: most_proposed(scores))
     if cfg.method not in rules: raise ConfigError(f"extraction.method is {cfg.method!r}: choose one of {', '.join(rules)}")
     rows, w = rules[cfg.method]()

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .actions import complete, decision, impossible, is_valid, press, render, tap, type_text
 from .core import DataError, read_json
+from .data import distinct
 from .env import prompt
 
 # %% ../nbs/40_policy.ipynb #40-005
@@ -84,10 +85,12 @@ class AutoUI(T5ForConditionalGeneration):
 def encode(self:AutoUI,
     input_ids:torch.Tensor, # prompts, int64 [batch, length]
     attention_mask:torch.Tensor, # 1 where a token is, [batch, length]
-    image_features:torch.Tensor # float [batch, image_dim] or [batch, patches, image_dim]
+    image_features:torch.Tensor, # float [batch, image_dim] or [batch, patches, image_dim]
+    which:torch.Tensor=None # for each screen the number of its prompt, int64 [batch], where some prompts go with several screens; one each where None
 ) -> BaseModelOutput: # `last_hidden_state` float [batch, length, d_model]
     "Text states mixed with what the screen shows"
     h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    if which is not None: h = h[which]
     if image_features.dim() == 2: image_features = image_features[:, None]
     v = self.image_dense(image_features.to(h.dtype))
     a, _ = self.mha_layer(h, v, v, need_weights=False)
@@ -305,10 +308,12 @@ def log_prob(self:Policy,
     actions:Sequence[str], # one action string a prompt
     between:tuple[float, float]=(0., 1.) # probabilities of tokens are held between these, and have no gradient beyond; the published code has (0.001, 0.99)
 ) -> torch.Tensor: # float32 [batch], log-probability of the whole string
-    "log pi(action | state), with gradients"
-    ids, mask = self.encode_prompts(prompts)
+    "log pi(action | state), with gradients. Prompts that are alike are encoded once."
+    texts, which = distinct(prompts)
+    (ids, mask), which = self.encode_prompts(texts), torch.tensor(which, device=self.device)
     labels = self.encode_answers(actions)
-    logits = self.model(ids, mask, torch.as_tensor(features, device=self.device), decoder_input_ids=self.model._shift_right(labels)).logits
+    mixed = self.model.encode(ids, mask, torch.as_tensor(features, device=self.device), which)
+    logits = self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=self.model._shift_right(labels)).logits
     token = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
     if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
     return token.sum(1)

@@ -416,7 +416,7 @@ def _chosen(self:RunView, out, v):
     rule, n = self.lab.preset.extraction, len(out)
     if out.q.isna().all(): return np.zeros(n, bool)
     scores = Scores(np.zeros(n, int), out.action.to_numpy(), out["count"].to_numpy(), out.recorded.to_numpy(), out.q.notna().to_numpy(), np.zeros(n, bool), out.q.to_numpy(np.float32), np.full(n, v, np.float32))
-    return np.isin(np.arange(n), extraction.best_of_n(scores, rule.threshold, rule.support)[0])
+    return np.isin(np.arange(n), extraction.best_of_n(scores, rule.threshold, rule.support, rule.floor)[0])
 
 # %% ../../nbs/70_explore.run.ipynb #70-026
 def words(

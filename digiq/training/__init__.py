@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Texts', 'Transitions', 'cells', 'load_transitions', 'ahead', 'Team', 'Bookmark', 'new_critic', 'fit_critic', 'score',
-           'ActorConfig', 'alike', 'fit_policy']
+           'ActorConfig', 'alike', 'together', 'fit_policy']
 
 # %% ../../nbs/52_training.ipynb #52-002
 import itertools, json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ..actions import ActionError, parse
 from ..core import ConfigError, DataError, Run, atomic, derive_seed, progress, seed_all
 from ..critic import Critic, CriticConfig
-from ..data import Embeddings, EpisodeStore, Proposals
+from ..data import Embeddings, EpisodeStore, Proposals, distinct
 from ..extraction import Scores
 from ..policy import Policy
 
@@ -415,6 +415,14 @@ def alike(
     cut = saved.argmax() + 1
     return [*(order[part] for part in alike(n[:cut], price)), order[cut:]]
 
+# %% ../../nbs/52_training.ipynb #52-036b
+def together(
+    texts:list[str], # with repetitions
+) -> list[np.ndarray]: # int64, the numbers of those that are alike
+    "Group equal texts."
+    which = np.array(distinct(texts)[1], np.int64)
+    return np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+
 # %% ../../nbs/52_training.ipynb #52-037
 def fit_policy(
     policy:Policy, # where to start, trained in place
@@ -431,7 +439,7 @@ def fit_policy(
 ) -> list[dict]: # learning curve: step, loss
     "Imitate chosen candidates by weight"
     rows, w = chosen
-    if not len(rows): raise DataError("no candidate has weight: lower extraction.threshold, or collect more episodes")
+    if not len(rows): raise DataError("no candidate has weight: lower extraction.threshold or extraction.floor, or collect more episodes")
     w = w/np.abs(w).mean()
     team = Team(str(policy.device))
     seed_all(seed, "actor", *([team.place] if team.place else []))
@@ -443,7 +451,7 @@ def fit_policy(
     done, past = mark.resume()
     history = [] if history is None else history
     history.extend(past)
-    plan = itertools.islice(_rows(len(rows), cfg, np.random.default_rng(derive_seed(seed, "actor"))), done, None)
+    plan = itertools.islice(_rows(together([prompts[t] for t in scores.state[rows]]), cfg, np.random.default_rng(derive_seed(seed, "actor"))), done, None)
     for step, k in progress(plan, total=cfg.steps, initial=done, desc=desc):
         k = team.part(k)
         loss = 0.
@@ -464,10 +472,10 @@ def fit_policy(
     policy.model.eval()
     return history
 
-def _rows(n, cfg, rng): # all minibatches: numbers below n
+def _rows(groups, cfg, rng): # all minibatches: their numbers
     order = np.zeros(0, np.int64)
     for step in range(1, cfg.steps + 1):
-        while len(order) < cfg.batch: order = np.concatenate([order, rng.permutation(n)])
+        while len(order) < cfg.batch: order = np.concatenate([order, *(groups[g] for g in rng.permutation(len(groups)))])
         yield step, order[:cfg.batch]
         order = order[cfg.batch:]
 
