@@ -396,7 +396,7 @@ class ActorConfig:
     clip: float = 1.0          # largest norm of the gradient
     weight_decay: float = 0.01 # decoupled, AdamW
     precision: str = "float32" # of the network's products: "float32" or "bfloat16"; weights are float32 always
-    reference: bool = False    # as the published code trains: probabilities of tokens held between 0.001 and 0.99, steady learning rate
+    reference: bool = False    # as the published code trains: probabilities of tokens held between 0.001 and 0.99, steady learning rate, states one by one in random order
 
     def __post_init__(self):
         if self.precision not in ("float32", "bfloat16"): raise ConfigError(f"actor.precision is {self.precision!r}: choose float32 or bfloat16")
@@ -451,7 +451,8 @@ def fit_policy(
     done, past = mark.resume()
     history = [] if history is None else history
     history.extend(past)
-    plan = itertools.islice(_rows(together([prompts[t] for t in scores.state[rows]]), cfg, np.random.default_rng(derive_seed(seed, "actor"))), done, None)
+    groups = np.arange(len(rows))[:, None] if cfg.reference else together([prompts[t] for t in scores.state[rows]])
+    plan = itertools.islice(_rows(groups, cfg, np.random.default_rng(derive_seed(seed, "actor"))), done, None)
     for step, k in progress(plan, total=cfg.steps, initial=done, desc=desc):
         k = team.part(k)
         loss = 0.
