@@ -90,7 +90,7 @@ def encode(self:AutoUI,
 ) -> BaseModelOutput: # `last_hidden_state` float [batch, length, d_model]
     "Text states mixed with what the screen shows"
     h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    if which is not None: h = h[which]
+    if which is not None: h = F.embedding(which, h.flatten(1)).unflatten(1, h.shape[1:]) # h[which], but its gradients add up in the same order every time
     if image_features.dim() == 2: image_features = image_features[:, None]
     v = self.image_dense(image_features.to(h.dtype))
     a, _ = self.mha_layer(h, v, v, need_weights=False)

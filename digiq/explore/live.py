@@ -111,7 +111,11 @@ class LivePhone(Explorer):
         self.policies = {}
         self.env = DeviceEnv(device or SimPhone(disturbance=self.run.lab.preset.disturbance), self.todo, self.HORIZON, evaluator)
         self.attempt(self.do_begin, 0, 0)
-        self.observe(lambda _: self.think(), "agent")
+        self.observe(lambda _: self.ask_anew(), "agent")
+
+    def ask_anew(self): # another agent advises
+        self.advice = {}
+        self.think()
 
 # %% ../../nbs/70f_explore.live.ipynb #70f-008
 @patch
@@ -120,7 +124,7 @@ def do_begin(self:LivePhone, task, seed):
     self.store = EpisodeStore(self.run.path/"demonstrations")
     taken = [int(e) for e in self.store.episodes().episode.unique()] if self.store.shards.found() else []
     self.player = Player(self.env, max(taken, default=-1) + 1, self.todo[int(task)], int(seed))
-    self.reward = 0.
+    self.reward, self.advice = 0., {}
     self.show("Playing. The episode is recorded when it ends.")
     self.think()
 

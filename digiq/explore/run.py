@@ -183,22 +183,22 @@ async def pictures(self:RunView,
     "All screens of an episode. Those that have to be played again go on being played when the caller is cancelled; between two of them, others get their turn."
     key = "replay", name, episode
     if key not in self.memory and self.store(name).picture(episode, 0) is None:
-        if key not in self.playing: self.playing[key] = asyncio.create_task(self._play(key))
+        if key not in self.playing:
+            self.playing[key] = asyncio.create_task(self._play(key))
+            self.playing[key].add_done_callback(lambda task: (self.playing.pop(key, None), task.cancelled() or task.exception())) # which is told to those who wait, if any
         await asyncio.shield(self.playing[key]) # who comes back for it finds it further on
     return [self.picture(name, episode, s) for s in self.steps(name, episode).step]
 
 @patch
 async def _play(self:RunView, key):
-    try:
-        made, order = {}, []
-        for shot in self._replay(*key[1:]):
-            look = shot.tobytes()
-            if look not in made: made[look] = asyncio.create_task(asyncio.to_thread(encode_screen, shot))
-            order.append(made[look])
-            await asyncio.sleep(0)
-        made = await asyncio.gather(*order)
-        self.remembered(key, lambda: made)
-    finally: del self.playing[key]
+    made, order = {}, []
+    for shot in self._replay(*key[1:]):
+        look = shot.tobytes()
+        if look not in made: made[look] = asyncio.create_task(asyncio.to_thread(encode_screen, shot))
+        order.append(made[look])
+        await asyncio.sleep(0)
+    made = await asyncio.gather(*order)
+    self.remembered(key, lambda: made)
 
 @patch
 def size(self:RunView,
