@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DECORATION', 'BaseVLMConfig', 'train_tokenizer', 'tokenizer_texts', 'build_vlm', 'Screens', 'named', 'name_at',
-           'page_name', 'random_action', 'gather', 'quiz', 'matrix_optimizers', 'answer_loss', 'pretrain',
-           'quiz_accuracy', 'linear_probe']
+           'page_name', 'random_action', 'gather', 'quiz', 'matrix_optimizers', 'answer_loss', 'sight_targets', 'Sight',
+           'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy', 'pretrain', 'quiz_accuracy', 'linear_probe']
 
 # %% ../nbs/45_base_vlm.ipynb #45-002
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -37,9 +38,11 @@ class BaseVLMConfig:
     vision_layers: int = 3
     language_layers: int = 3
     vocabulary: int = 1000    # tokens
-    screens: int = 4500       # to learn from
+    screens: int = 12000      # to learn from
     slips: tuple[float, ...] = (0.1, 0.3, 0.7) # shares of random actions among the oracle's, one for each episode
-    steps: int = 520          # minibatches
+    sight_steps: int = 1500   # minibatches of looking, before the first question
+    sight_batch: int = 48     # screens a minibatch of looking
+    steps: int = 500          # minibatches of questions
     batch: int = 32           # screens a minibatch, each with all kinds of questions
     lr: float = 1e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 1e-2   # Muon's, for the weight matrices of the layers
@@ -168,13 +171,13 @@ def gather(
     with progress(total=n, desc="gather screens") as bar:
         while len(screens) < n:
             before, rng = len(screens), np.random.default_rng(derive_seed(seed, "gather", episode))
-            _gather_episode(screens, tasks[rng.integers(len(tasks))], words, config, rng, episode)
+            _gather_episode(screens, tasks[rng.integers(len(tasks))], words, config, rng, episode, derive_seed("world", seed, episode))
             bar.update(len(screens) - before)
             episode += 1
     return Screens(*[getattr(screens, f)[:n] for f in ("pictures", "pages", "elements", "episodes")])
 
-def _gather_episode(screens, task, words, config, rng, episode):
-    phone, slips, seen = SimPhone(), rng.choice(config.slips), set()
+def _gather_episode(screens, task, words, config, rng, episode, world):
+    phone, slips, seen = SimPhone(seed=world), rng.choice(config.slips), set()
     phone.reset(task, int(rng.integers(2**31)))
     for _ in range(20):
         elements, screen = phone.elements(), phone.screenshot()
@@ -235,9 +238,9 @@ def matrix_optimizers(
     weight_decay:float=0.01,
 ) -> tuple: # Muon and AdamW; step both
     "Optimizers for a small transformer that is trained from nothing."
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and layers in n and "relative" not in n]
+    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and layers in n and "relative" not in n]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return (torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
             torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay))
 
@@ -252,6 +255,119 @@ def answer_loss(
     asked = batch.labels != -100
     return F.cross_entropy(vlm.model.get_output_embeddings()(hidden[asked]).float(), batch.labels[asked])
 
+# %% ../nbs/45_base_vlm.ipynb #45-033b
+def sight_targets(
+    elements:list[tuple], # (name, box), topmost first
+    names:list[str], # of all elements there are
+    side:int, # patches from top to bottom, and from left to right
+) -> tuple[np.ndarray, np.ndarray]: # name at each patch's centre, int64 [side*side], `len(names)` for none; rows of (patch, name, dy, dx) in patches
+    "What each patch should say."
+    y, x = (g.ravel() for g in np.meshgrid(*[(np.arange(side) + .5) / side] * 2, indexing="ij"))
+    number, what = {n: i for i, n in enumerate(names)}, np.full(side * side, len(names), np.int64)
+    known = [(number[n], box) for n, box in elements if n in number]
+    for n, (y0, x0, y1, x1) in reversed(known): what[(y0 <= y) & (y <= y1) & (x0 <= x) & (x <= x1)] = n
+    middles = [(n, (y0 + y1) / 2 * side, (x0 + x1) / 2 * side) for n, (y0, x0, y1, x1) in known]
+    cell = lambda v: min(int(v), side - 1)
+    rows = [(cell(y) * side + cell(x), n, y - cell(y) - .5, x - cell(x) - .5) for n, y, x in middles]
+    return what, np.array(rows, np.float32).reshape(-1, 4)
+
+# %% ../nbs/45_base_vlm.ipynb #45-033e
+class Sight(nn.Module):
+    "Reads off patches what they show: three linear maps."
+    def __init__(self,
+        width:int, # of a patch's state
+        names:list[str], # of all elements there are
+    ):
+        super().__init__()
+        self.names, n = names, len(names)
+        self.norm, self.what, self.centre, self.offset = nn.LayerNorm(width), nn.Linear(width, n + 1), nn.Linear(width, n), nn.Linear(width, 2 * n)
+        nn.init.constant_(self.centre.bias, -5.) # most patches are nothing's centre
+
+    def forward(self,
+        states:torch.Tensor, # of patches, float [batch, patches, width]
+    ) -> tuple: # logits [batch, patches, names + 1], logits [batch, patches, names], offsets [batch, patches, names, 2]
+        h = self.norm(states)
+        return self.what(h), self.centre(h), self.offset(h).unflatten(-1, (-1, 2))
+
+# %% ../nbs/45_base_vlm.ipynb #45-033f
+@patch
+def loss(self:Sight,
+    states:torch.Tensor, # of patches, float [batch, patches, width]
+    targets:list[tuple], # from `sight_targets`, one a picture
+) -> torch.Tensor: # scalar
+    "How far what is read is from what is there."
+    what, centre, offset = self(states)
+    here = torch.zeros_like(centre)
+    picture = torch.cat([torch.full((len(rows),), i) for i, (_, rows) in enumerate(targets)])
+    rows = torch.from_numpy(np.concatenate([rows for _, rows in targets]))
+    at = picture, rows[:, 0].long(), rows[:, 1].long()
+    here[at] = 1
+    named = F.cross_entropy(what.flatten(0, 1), torch.from_numpy(np.concatenate([w for w, _ in targets])))
+    found = F.binary_cross_entropy_with_logits(centre, here, reduction="sum") / here.sum().clamp_min(1)
+    return named + found / 2 + 2 * (offset[at] - rows[:, 2:]).abs().mean()
+
+# %% ../nbs/45_base_vlm.ipynb #45-033g
+def marked(
+    picture:np.ndarray, # uint8 [side, side, 3]
+    elements:list[tuple], # (name, box), topmost first
+    rng:np.random.Generator,
+) -> tuple[np.ndarray, list[tuple]]: # the same; half of them with a mark, which is an element, too
+    "Draw a mark on every other picture."
+    if rng.random() < .5: return picture, elements
+    y, x = np.round(_point(elements, rng), 4)
+    return np.asarray(mark(Image.fromarray(picture), A.tap(y, x))), [*elements, ("mark", (y, x, y, x))]
+
+def patch_states(
+    vlm:VLM,
+    pictures:list[np.ndarray], # uint8 [side, side, 3]
+) -> torch.Tensor: # float [pictures, patches, width]
+    "What the vision tower makes of pictures, as the language model and Auto-UI see it."
+    return vlm.model.model.vision_tower(pixel_values=vlm.pixels([Image.fromarray(p) for p in pictures])).last_hidden_state[:, 1:]
+
+# %% ../nbs/45_base_vlm.ipynb #45-033h
+def learn_to_see(
+    vlm:VLM, # its vision tower learns
+    screens:Screens,
+    config:BaseVLMConfig,
+    seed:int=0,
+) -> tuple[Sight, list[float]]: # what reads the tower, and the losses
+    "Teach the vision tower what is where."
+    names, side = sorted({n for e in screens.elements for n, _ in e} | {"mark"}), config.side // config.patch
+    torch.manual_seed(derive_seed(seed, "sight"))
+    both = nn.ModuleList([vlm.model.model.vision_tower, Sight(config.width, names)])
+    rng, losses = np.random.default_rng(derive_seed(seed, "sight")), []
+    optimizers = matrix_optimizers(both, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, config.sight_steps, .05)) for o in optimizers]
+    for _ in progress(range(config.sight_steps), desc="learn to see"):
+        shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in rng.choice(len(screens), config.sight_batch)]
+        loss = both[1].loss(patch_states(vlm, [p for p, _ in shown]), [sight_targets(e, names, side) for _, e in shown])
+        for o in optimizers: o.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), config.clip)
+        for o in (*optimizers, *schedules): o.step()
+        losses.append(loss.item())
+    return both[1].eval(), losses
+
+# %% ../nbs/45_base_vlm.ipynb #45-033i
+@torch.inference_mode()
+def pointing_accuracy(
+    vlm:VLM,
+    sight:Sight, # from `learn_to_see`
+    screens:Screens, # unseen
+    batch:int=64, # screens at a time
+) -> dict: # share of the screens with an element of a name in which the likeliest centre lies on one
+    "Where does the tower think that things are?"
+    side, right = round(patch_states(vlm, screens.pictures[:1]).shape[1] ** .5), {}
+    for start in range(0, len(screens), batch):
+        _, centre, offset = sight(patch_states(vlm, screens.pictures[start:start + batch]))
+        best = centre.argmax(1)
+        for elements, patches, off in zip(screens.elements[start:start + batch], best, offset):
+            for name in {n for n, _ in elements} & set(sight.names):
+                k = sight.names.index(name)
+                y, x = ((int(v) + .5 + float(d)) / side for v, d in zip(divmod(int(patches[k]), side), off[patches[k], k]))
+                right.setdefault(name, []).append(any(n == name and y0 <= y <= y1 and x0 <= x <= x1 for n, (y0, x0, y1, x1) in elements))
+    return {name: float(np.mean(r)) for name, r in sorted(right.items())}
+
 # %% ../nbs/45_base_vlm.ipynb #45-037
 def pretrain(
     screens:Screens,
@@ -261,6 +377,8 @@ def pretrain(
     "Make a VLM that knows what is on a screen."
     names = sorted({n for e in screens.elements for n, _ in e} | {"background"})
     vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages))), seed)
+    learn_to_see(vlm, screens, config, seed)
+    vlm.model.model.vision_tower.requires_grad_(False)
     optimizers = matrix_optimizers(vlm.model, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, config.steps, .05)) for o in optimizers]
     rng, losses = np.random.default_rng(derive_seed(seed, "pretrain")), []
@@ -269,11 +387,11 @@ def pretrain(
     for _ in progress(range(config.steps), desc="pre-train VLM"):
         loss = answer_loss(vlm, [quiz(screens, i, names, rng) for i in rng.choice(len(screens), config.batch)])
         loss.backward()
-        nn.utils.clip_grad_norm_(vlm.model.parameters(), config.clip)
+        nn.utils.clip_grad_norm_([p for p in vlm.model.parameters() if p.requires_grad], config.clip)
         for o in (*optimizers, *schedules): o.step()
         for o in optimizers: o.zero_grad()
         losses.append(loss.item())
-    vlm.model.eval()
+    vlm.model.eval().requires_grad_(True)
     return vlm, losses
 
 # %% ../nbs/45_base_vlm.ipynb #45-040

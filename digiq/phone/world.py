@@ -66,7 +66,7 @@ CONSENT_ORDERS = (("accept", "reject", "settings"), ("reject", "settings", "acce
 def make_shop(
     seed:int,   # of the world
     domain:str, # e.g. "velralo.com"
-    number:int, # so that neighbours differ in layout
+    number:int, # in the order of this world, so that its shops share the layouts evenly
 ) -> dict: # JSON
     "A shop: how it looks, and its habits."
     pick = lambda options, what: draw(options, seed, domain, what)
@@ -80,7 +80,8 @@ def make_world(
     seed:int=0, # another seed, other shops behind the same domains
 ) -> dict: # JSON, never changed
     "Everything that exists before an episode begins."
-    shops = [make_shop(seed, d, i) for i, d in enumerate(d for s in SPLITS for d in sites(s))]
+    dealt = [shuffled(sites(s), seed, "layouts") for s in SPLITS]
+    shops = [make_shop(seed, d, i) for domains in dealt for i, d in enumerate(domains)]
     return {"seed": seed, "shops": {shop["domain"]: shop for shop in shops}, "common": list(sites("train"))}
 
 # %% ../../nbs/11_phone.world.ipynb #11-015
