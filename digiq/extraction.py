@@ -107,10 +107,11 @@ def reinforce(
 @dataclass(frozen=True)
 class ExtractionConfig:
     "From scores to weights"
-    method: str = "best_of_n"  # best_of_n, awr, reinforce, sft, filtered_bc or most_proposed
+    method: str = "best_of_n"  # best_of_n, paper, awr, reinforce, sft, filtered_bc or most_proposed
     threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 for none, 0 is the paper's rule
     floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 is the paper's rule
     support: float = 1.        # Best-of-N and re-ranking: power of the number of proposals, tau; 0 is the paper's rule
+    epsilon: float = 0.        # the paper's rule: smallest advantage worth learning from
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
 
@@ -120,7 +121,7 @@ def weights(
     cfg:ExtractionConfig # the rule and its settings
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; rows of weight 0 are left out
     "What to imitate, and how much. Raises `ConfigError` for a method that does not exist."
-    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
+    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor), paper=lambda: best_of_n(scores, cfg.epsilon), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
         sft=lambda: sft(scores), filtered_bc=lambda: filtered_bc(scores), most_proposed=lambda: most_proposed(scores))
     if cfg.method not in rules: raise ConfigError(f"extraction.method is {cfg.method!r}: choose one of {', '.join(rules)}")
     rows, w = rules[cfg.method]()

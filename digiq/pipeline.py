@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'from_nbs',
            'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings', 'is_sequential',
-           'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable', 'Nothing',
-           'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary',
-           'smooth']
+           'one_temperature', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on', 'open_run', 'readable',
+           'Nothing', 'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates', 'small_picture',
+           'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import filecmp, hashlib, json, os, platform, shutil, tempfile, textwrap
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from . import __file__ as package, __version__
-from . import evaluation, extraction, finetuning, proposals, rollout, tasks, training
+from . import ceilings, evaluation, extraction, finetuning, proposals, rollout, tasks, training
 from .actions import in_words, is_valid, parse
 from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, to_dict, write_json
 from .critic import Critic, CriticConfig
@@ -54,6 +54,7 @@ from .training import ActorConfig
 @dataclass(frozen=True)
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
+    temperature:float=1.0 # at which it acts; 0 is greedy
     episodes:int=480 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
@@ -73,15 +74,20 @@ class EmbeddingConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
+    temperatures:tuple[float, ...]=(0., .5, .8, 1.) # of which every agent acts at its own best one; that of a list of one is taken as it is
+    tuning:int=100 # validation episodes at each temperature, to find out
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
     first:int|None=None # only the first so many tasks of the split; 96 is the published way
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=4 # samples that re-ranking chooses from
+    rerank:int=16 # samples a step that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
+
+    def __post_init__(self):
+        if not self.temperatures or min(self.temperatures) < 0: raise ConfigError(f"evaluation.temperatures is {list(self.temperatures)}: give one or more, 0 and above")
 
 # %% ../nbs/65_pipeline.ipynb #65-007
 @dataclass(frozen=True)
@@ -91,7 +97,6 @@ class Preset:
     task_set:str="webshop" # what to train and to evaluate on
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
-    temperature:float=1.2 # at which all agents act, in collection and evaluation; 0 is greedy
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     eyes:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
@@ -109,7 +114,7 @@ class Preset:
     evaluation:EvaluationConfig=EvaluationConfig() # stages `evaluate` and `check_critic`
 
     def __post_init__(self):
-        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.rerank": 1, "horizon": 1, "workers": 1}
+        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.tuning": 1, "evaluation.rerank": 1, "horizon": 1, "workers": 1}
         for name, n in least.items():
             value = self
             for part in name.split("."): value = getattr(value, part)
@@ -190,8 +195,14 @@ def is_sequential(
     if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
     return order == "sequential"
 
+def one_temperature(
+    temperature:float|None, # at which all agents shall act
+) -> list[float]|None: # for `evaluation.temperatures`
+    "A list of one, so that nothing is tuned; None leaves the preset's list."
+    return None if temperature is None else [temperature]
+
 # %% ../nbs/65_pipeline.ipynb #65-020
-PHONE = "task_set", "horizon", "disturbance", "temperature", "policy", "eyes", "device", "threads", "reference" # settings that everything depends on
+PHONE = "task_set", "horizon", "disturbance", "policy", "eyes", "device", "threads", "reference" # settings that everything depends on
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),
@@ -202,13 +213,14 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "critic": (("embeddings",), ("critic",)),
     "scores": (("critic",), ()),
     "policy": (("scores",), ("extraction", "actor")),
-    "evaluations/behaviour": ((), PHONE),
+    "truths": (("proposals",), ()),
+    "habits": (("evaluations/behaviour",), ("proposals", "evaluation")),
     "check": (("evaluations/behaviour", "critic"), ("evaluation",))}
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
 # %% ../nbs/65_pipeline.ipynb #65-022
-RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
+RULES = {"digiq": None, "digiq_paper": "paper", **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
     stage:str, # name of a stage
@@ -216,10 +228,14 @@ def made_from(
     "What goes into a stage."
     if stage in STAGES: return STAGES[stage]
     if stage in RULES: return STAGES["policy"]
-    if stage.startswith("evaluations/"):
-        agent = stage.removeprefix("evaluations/")
-        return ((agent,), ()) if agent in RULES else ((agent.removesuffix("_rerank"),) * (agent != "behaviour_rerank") + ("critic",), ("extraction", "evaluation"))
-    return STAGES["critic" if stage.startswith("critic") else "check"]
+    if stage in ceilings.LABELS: return ("truths",), ("actor",)
+    family, _, agent = stage.partition("/")
+    if family not in ("tuning", "evaluations", "ceilings", "samples"): return STAGES["critic" if stage.startswith("critic") else "check"]
+    agent = agent.partition("/")[0].removesuffix("_at_collection")
+    plain = agent.removesuffix("_rerank")
+    needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
+    learnt = agent != plain and family != "ceilings" or family == "samples" # the critic chooses
+    return (*needs, "critic") if learnt else needs, (*own, "extraction", "evaluation") if learnt else own
 
 def lineage(
     stage:str, # name of a stage
@@ -405,11 +421,12 @@ def play(self:Experiment,
     cfg:Rollout, # how many, and how
     sequential:bool=False, # tasks as they stand, instead of in a random order
     repeats:int|None=None, # times that each task is played, in the place of `cfg.episodes`
+    make_env=None, # built-in phones other than the preset's
 ) -> EpisodeStore:
     "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
     played, kind = self.tasks(split), self.preset.devices.kind
     if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
-    if kind == "simphone": return rollout.collect(self, played, policy, self.make_env, cfg, name, self.seed, self.workers, sequential)
+    if kind == "simphone": return rollout.collect(self, played, policy, make_env or self.make_env, cfg, name, self.seed, self.workers, sequential)
     with nullcontext([]) if self.finished(name) else open_devices(self.preset.devices, self.path/"judge") as makers:
         return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet, name, self.seed, sequential) # a real phone cannot play an episode again
 
@@ -424,7 +441,7 @@ def collect(self:Experiment,
     if p.collection.recorded:
         self.take_over("episodes")
         return _by_level(evaluation.outcomes(EpisodeStore(self.path/"episodes")))
-    cfg = Rollout(p.collection.episodes, p.collection.phones, p.temperature, p.horizon, p.collection.shard)
+    cfg = Rollout(p.collection.episodes, p.collection.phones, p.collection.temperature, p.horizon, p.collection.shard)
     ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
     if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
@@ -508,10 +525,11 @@ def readable(
 def result(self:Experiment,
     name:str, # of the stage and the file
     make, # returns what is to be kept
+    config:dict={}, # settings of its own that are no component's
 ): # what was kept
     "Compute once. The result is kept in results/NAME.json."
     path = self.path/"results"/f"{name}.json"
-    with self.stage(name, {}) as stage:
+    with self.stage(name, config) as stage:
         if not path.exists(): write_json(path, make())
     self.note()
     return read_json(path)
@@ -655,7 +673,7 @@ def score(self:Experiment) -> Scores:
 # %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def train_policy(self:Experiment,
-    name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
+    name:str, # "digiq", or the name of another rule: "digiq_paper", "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
 ) -> dict: # last loss, and its history
     "Extract a policy from the scores by a rule."
     if name not in RULES: raise DigiqError(f"there is no policy {name!r}: choose one of {', '.join(RULES)}")
@@ -696,35 +714,93 @@ def take_agent(self:Experiment,
 
 # %% ../nbs/65_pipeline.ipynb #65-061
 @patch
+def load_trained(self:Experiment,
+    name:str, # of a policy
+) -> Policy:
+    "A policy that was trained in this run."
+    self.require(name)
+    with readable((self.path/"checkpoints"/name).absolute()) as path: return self.load_policy(path)
+
+@patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
 ): # with `act`
     "An agent of the experiment."
     plain = name.removesuffix("_rerank")
-    if plain == "behaviour": policy = self.behaviour
-    elif plain in RULES:
-        self.require(plain)
-        with readable((self.path/"checkpoints"/plain).absolute()) as path: policy = self.load_policy(path)
-    else: raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank")
+    if plain not in ("behaviour", *RULES, *ceilings.LABELS): raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank")
+    policy = self.behaviour if plain == "behaviour" else self.load_trained(plain)
     return policy if plain == name else Reranker(policy, self.scorer(), self.preset.evaluation.rerank, self.preset.extraction.support)
 
+@patch
+def shops(self:Experiment,
+    split:str, # of the tasks
+) -> dict: # by task id, "known" where training shows the shop, else "unknown"; empty for task sets that do not say
+    "Which tasks are in shops that training shows."
+    return {t.id: "known" if t.site in tasks.sites("train") else "unknown" for t in self.tasks(split)} if self.preset.task_set == "webshop" else {}
+
+@patch
+def held_out(self:Experiment,
+    episodes:int, # how many
+    temperature:float, # of the agent
+    screens:bool=False, # keep them
+) -> Rollout:
+    "How held-out episodes are played, in two shards or more."
+    cfg, p = self.preset.evaluation, self.preset
+    n = min(episodes, cfg.most)
+    return Rollout(n, cfg.phones, temperature, p.horizon, min(cfg.shard, -(-n // 2)), screens)
+
+# %% ../nbs/65_pipeline.ipynb #65-061a
+@patch
+def tune(self:Experiment,
+    name:str, # of an agent
+) -> float: # of `evaluation.temperatures`
+    "The temperature at which an agent succeeds most often on validation tasks; the coolest of equals."
+    cfg = self.preset.evaluation
+    choice = [t for t in sorted(set(cfg.temperatures)) if t or not name.endswith("_rerank")] # samples at 0 are all alike
+    if not choice: raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
+    if len(choice) == 1: return choice[0]
+    def make():
+        agent, rates = self.agent(name), {}
+        for t in choice:
+            how = self.held_out(cfg.tuning, t)
+            rates[f"{t:g}"] = float(evaluation.outcomes(self.play(f"tuning/{name}/{t:g}", agent, "val", how)).success.mean())
+        return rates
+    rates = self.result(f"tuning/{name}", make, dict(temperatures=choice, episodes=min(cfg.tuning, cfg.most)))
+    self.update_metrics(tuning={name: rates})
+    return max(choice, key=lambda t: rates[f"{t:g}"]) # the first of equals
+
+# %% ../nbs/65_pipeline.ipynb #65-061b
 @patch
 def evaluate(self:Experiment,
     name:str, # see `agent`
     sequential:bool=False, # tasks as they stand, instead of in a random order
     repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
 ) -> pd.DataFrame: # how each episode ended
-    "Play held-out tasks. The screens of the behaviour policy are kept: the critic is checked on them."
-    p, cfg = self.preset, self.preset.evaluation
-    how = Rollout(min(cfg.episodes, cfg.most), cfg.phones, p.temperature, p.horizon, cfg.shard, screens=name == "behaviour")
-    ended = evaluation.evaluate(self, name, self.play(f"evaluations/{name}", self.agent(name), cfg.split, how, sequential, repeats))
+    "Play held-out tasks at the agent's own temperature. The screens of the behaviour policy are kept: the critic is checked on them."
+    cfg, temperature = self.preset.evaluation, self.tune(name)
+    store = self.play(f"evaluations/{name}", self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature, name == "behaviour"), sequential, repeats)
+    ended = evaluation.evaluate(self, name, store, self.shops(cfg.split))
+    self.update_metrics(temperatures={name: temperature})
+    self.note()
+    return ended
+
+@patch
+def evaluate_at_collection(self:Experiment,
+    name:str, # see `agent`
+) -> pd.DataFrame: # how each episode ended
+    "Play the same tasks at the temperature at which episodes were collected. Where that is the agent's own, nothing is played again."
+    cfg, temperature = self.preset.evaluation, self.preset.collection.temperature
+    own = self.finished(f"evaluations/{name}") and self.tune(name) == temperature
+    store = EpisodeStore(self.path/"evaluations"/name) if own else self.play(f"evaluations/{name}_at_collection", self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature))
+    ended = evaluation.outcomes(store)
+    self.update_metrics(success_at_collection={name: evaluation.success(ended, self.shops(cfg.split))})
     self.note()
     return ended
 
 @patch
 def table(self:Experiment) -> pd.DataFrame: # a row an agent
-    "Success rates so far."
-    return evaluation.table(self.rates())
+    "Success rates so far, and the temperatures at which agents act."
+    return evaluation.table(self.rates(), self.metrics().get("temperatures", {}))
 
 @patch
 def rates(self:Experiment) -> dict: # success rates by agent
@@ -759,11 +835,13 @@ def judge_agreement(self:Experiment,
 @patch
 def probes(self:Experiment,
     states:int, # at most
+    n:int|None=None, # candidates a state; as many as the preset proposes where None
+    mixed:bool=True, # leave out states whose candidates are all good or all not
 ) -> list: # of `Probe`
     "Held-out states whose candidates differ, with the truth about each candidate."
     self.require("evaluations/behaviour")
-    p, store = self.preset, EpisodeStore(self.path/"evaluations"/"behaviour")
-    found = evaluation.probes(store, self.tasks(p.evaluation.split), self.behaviour, states, p.proposals.n, p.proposals.temperature, p.disturbance, self.seed)
+    p, store, held_out = self.preset, EpisodeStore(self.path/"evaluations"/"behaviour"), self.tasks(self.preset.evaluation.split)
+    found = evaluation.probes(store, held_out, self.behaviour, self.make_env(held_out, p.horizon).device, states, n or p.proposals.n, p.proposals.temperature, self.seed, mixed)
     if not found: raise DigiqError("in no held-out state do the candidates differ in what they lead to: evaluate behaviour on more episodes")
     return found
 
@@ -808,6 +886,80 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.evaluation.reliab
     bins = pd.DataFrame(self.result("reliability", make))
     self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
     return bins
+
+# %% ../nbs/65_pipeline.ipynb #65-068b
+@patch
+def needs_truth(self:Experiment):
+    "Raise `DigiqError` where the phones do not know the truth."
+    if self.preset.devices.kind != "simphone": raise DigiqError("the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
+
+@patch
+def habits(self:Experiment) -> pd.DataFrame: # a row a level, and all
+    "How often the behaviour policy's favourite of 16 candidates is wrong while a right one is among them, on held-out states."
+    self.needs_truth()
+    found = self.result("habits", lambda: ceilings.habits(self.probes(self.preset.evaluation.states, 16, mixed=False)))
+    self.update_metrics(habits=found)
+    return pd.DataFrame({"all": {k: found[k] for k in found if k != "levels"}} | {f"level {k}": x for k, x in found["levels"].items()}).T
+
+# %% ../nbs/65_pipeline.ipynb #65-068c
+@patch
+def teach(self:Experiment,
+    name:str, # "oracle_labels" or "perfect_extraction"
+) -> dict: # last loss, and its history
+    "Teach a copy of the behaviour policy by the truth about this run's recorded states."
+    self.needs_truth()
+    self.require("screens", "proposals")
+    shown = [t for split in tasks.SPLITS for t in self.tasks(split)]
+    def make(path):
+        policy, found = self.base_policy(), ceilings.truths(self, shown, self.make_env(shown, self.preset.horizon).device, self.workers)
+        history = ceilings.teach(self, name, found, policy, replace(self.preset.actor, reference=self.preset.reference), self.seed, history=self.log(name), bookmark=self.bookmark(name))
+        policy.save(path)
+        return dict(**history[-1], history=[h["loss"] for h in history])
+    return self.checkpoint(name, make)
+
+@patch
+def ceiling(self:Experiment) -> pd.DataFrame: # a row a ceiling
+    "Success on validation tasks of a policy taught by the oracle, of perfect extraction at its best temperature, and of perfect re-ranking of 16 samples at temperature 1."
+    self.needs_truth()
+    cfg, found, warm = self.preset.evaluation, {}, {}
+    for name in (*ceilings.LABELS, "perfect_rerank"):
+        perfect = ceilings.TruthReranker(self.behaviour, self.make_env) if name == "perfect_rerank" else None
+        if not perfect: self.teach(name)
+        warm[name] = 1. if perfect else self.tune(name)
+        store = self.play(f"ceilings/{name}", perfect or self.agent(name), "val", self.held_out(cfg.episodes, warm[name]), make_env=perfect and perfect.make_env)
+        found[name] = evaluation.success(evaluation.outcomes(store), self.shops("val")) | dict(temperature=warm[name])
+    self.update_metrics(ceiling=found)
+    self.note()
+    return evaluation.table(found, warm)
+
+# %% ../nbs/65_pipeline.ipynb #65-068d
+@patch
+def samples(self:Experiment,
+    name:str="behaviour", # who proposes: "behaviour", or a trained policy
+    most:int=16, # samples; and half as many, and so on down to 1
+) -> pd.DataFrame: # rows with critic, samples, mean, low, high, episodes, seconds (a step of one phone, wall clock, as played here)
+    "Success on validation tasks against the number of samples that re-ranking chooses from, by the learnt critic and by the truth, at the temperature of the re-ranked agent."
+    self.needs_truth()
+    cfg, temperature, policy, rows = self.preset.evaluation, self.tune(f"{name}_rerank"), self.agent(name), []
+    numbers = [2**i for i in range(most.bit_length())]
+    for critic, n in [(c, n) for n in numbers for c in ("learnt", "perfect")]:
+        perfect = ceilings.TruthReranker(policy, self.make_env, n) if critic == "perfect" else None
+        stage = f"samples/{name}/{critic if n > 1 else 'one'}/{n}" # one sample is the plain policy, whoever chooses
+        chooser = policy if n == 1 else perfect or Reranker(policy, self.scorer(), n, self.preset.extraction.support)
+        store = self.play(stage, chooser, "val", self.held_out(cfg.episodes, temperature), make_env=perfect and n > 1 and perfect.make_env)
+        record, rate = read_json(self.path/"stages"/f"{stage}.json"), evaluation.success(evaluation.outcomes(store), self.shops("val"))
+        rows.append(dict(critic=critic, samples=n, **rate, seconds=record["seconds"]/record["counts"]["steps"]))
+    self.update_metrics(samples={name: dict(temperature=temperature) | {c: {str(r["samples"]): {k: x for k, x in r.items() if k not in ("critic", "samples")} for r in rows if r["critic"] == c} for c in ("learnt", "perfect")}})
+    self.note()
+    return pd.DataFrame(rows)[["critic", "samples", "mean", "low", "high", "episodes", "seconds"]]
+
+@patch
+def draw_samples(self:Experiment,
+    name:str="behaviour", # see `samples`
+    most:int=16, # see `samples`
+) -> Image.Image:
+    "Success against the number of samples."
+    return small_picture(ceilings.plot_samples(self.samples(name, most)).figure)
 
 # %% ../nbs/65_pipeline.ipynb #65-070
 def relative(

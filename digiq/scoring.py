@@ -93,7 +93,7 @@ class Reranker:
     def __init__(self,
         policy:Policy, # who proposes
         scorer:Scorer, # who chooses
-        n:int=8, # samples a state
+        n:int=16, # samples a state
         support:float=0. # as in `digiq.extraction.best`
     ): self.policy, self.scorer, self.n, self.support = policy, scorer, n, support
 

@@ -11,8 +11,8 @@ from digiq.pipeline import Experiment, load_preset
 from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
-SMALL = dict(threads=1, horizon=6, disturbance=0., temperature=1., collection=dict(episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),
-             embedding=dict(states=32), critic=dict(steps=6, batch=16, gamma=.9), actor=dict(steps=4, batch=8), evaluation=dict(most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
+SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(temperature=1., episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),
+             embedding=dict(states=32), critic=dict(steps=6, batch=16, gamma=.9), actor=dict(steps=4, batch=8), evaluation=dict(temperatures=(0., 1.), tuning=8, most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
 
 
 def make(folder):
@@ -61,8 +61,8 @@ def run(lab):
     "Every stage, as nbs/train.ipynb has them."
     lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed()
     lab.train_critic(); lab.train_critic(representation=False); lab.score()
-    lab.train_policy("filtered_bc"); lab.train_policy("digiq")
-    for name in ("behaviour", "filtered_bc", "digiq", "filtered_bc_rerank", "digiq_rerank"): lab.evaluate(name)
+    for name in ("filtered_bc", "digiq_paper", "digiq"): lab.train_policy(name)
+    for name in ("behaviour", "filtered_bc", "digiq_paper", "digiq", "filtered_bc_rerank", "digiq_rerank"): lab.evaluate(name)
     lab.check_critic(); lab.reliability()
     return lab
 

@@ -28,7 +28,7 @@ if not adb:
     if os.environ.get("DIGIQ_CI"): raise RuntimeError("adb is missing: apt-get install adb")
     pytest.skip("adb is missing: apt-get install adb", allow_module_level=True)
 
-small = dict(horizon=3, disturbance=0., evaluation=dict(episodes=4, shard=2), threads=1)
+small = dict(horizon=3, disturbance=0., evaluation=dict(episodes=4, shard=2, temperatures=(.8,)), threads=1)
 key = "sk-a-key-that-nobody-may-see"
 
 

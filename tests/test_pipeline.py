@@ -72,10 +72,13 @@ def whole(models, tmp_path_factory):
 def test_metrics(whole):
     metrics = figures(whole)
     assert metrics["preset"] == "smoke" and metrics["seed"] == 0
-    assert set(metrics["success"]) == {"behaviour", "filtered_bc", "digiq", "filtered_bc_rerank", "digiq_rerank"}
+    trained = {"behaviour", "filtered_bc", "digiq_paper", "digiq"}
+    assert set(metrics["success"]) == trained | {"filtered_bc_rerank", "digiq_rerank"} == set(metrics["temperatures"])
+    assert {name: {"0", "1"} for name in trained} == {name: set(rates) for name, rates in metrics["tuning"].items()} # re-ranked, only 1 is left
+    for name, rates in metrics["tuning"].items(): assert metrics["temperatures"][name] == float(max(sorted(rates), key=rates.get))
     for rate in metrics["success"].values():
         assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 and rate["episodes"] == 16
-        assert sum(level["episodes"] for level in rate["levels"].values()) == 16
+        assert [sum(part["episodes"] for part in rate[group].values()) for group in ("levels", "shop")] == [16, 16]
     for critic in metrics["critic"], metrics["critic_without_representation"]:
         assert 0 <= critic["argmax_optimal"] <= 1 and 0 <= critic["pairwise"] <= 1 and 0 < critic["states"] <= 6
     assert set(metrics["versions"]) == {"python", "torch", "transformers", "digiq"}
@@ -112,7 +115,8 @@ def test_again_changes_nothing(models, whole, changes):
 
 @pytest.mark.parametrize("change, told", [
     ("collection.episodes=32", "already holds stage episodes with other settings (episodes was 24, now 32): choose another run_dir"),
-    ("temperature=0.5", "temperature was 1.0, now 0.5"),
+    ("collection.temperature=0.5", "temperature was 1.0, now 0.5"),
+    ("evaluation.temperatures=[0.0, 0.5]", "already holds stage tuning/behaviour with other settings (temperatures was [0.0, 1.0], now [0.0, 0.5]): choose another run_dir"),
     ("representation.steps=4", "already holds stage representation with other settings (preset.representation.steps was 3, now 4)"),
     ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.9, now 0.5)"),
     ("collection.episodes=3", "collection.episodes is 3: it must be at least 10"),
@@ -205,7 +209,7 @@ def test_order(models, tmp_path):
 
 
 def test_nothing_succeeded(models, tmp_path):
-    lab = standins.experiment(models, tmp_path, "horizon=1", "collection.episodes=10", "temperature=0")
+    lab = standins.experiment(models, tmp_path, "horizon=1", "collection.episodes=10", "collection.temperature=0")
     lab.make_env = lambda tasks, horizon: standins.DeviceEnv(standins.SimPhone(), tasks, horizon)
     with pytest.raises(DigiqError, match="none of 10 episodes succeeded, so there is nothing to learn from: collect more episodes"): lab.collect()
 

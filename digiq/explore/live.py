@@ -186,7 +186,7 @@ def advise(self:LivePhone):
     if not self.env.running: self.advice = dict(step=self.env.steps, rows=[], v=None, scale=1.); return
     if self.agent not in self.policies: self.policies[self.agent] = self.run.lab.agent(self.agent)
     where = [[x] for x in (self.env.task.goal, self.env.previous, self.env.screen, self.player.before)]
-    samples = self.policies[self.agent].act(*where, self.SAMPLES, self.run.lab.preset.temperature)[0]
+    samples = self.policies[self.agent].act(*where, self.SAMPLES, self.run.lab.preset.collection.temperature)[0]
     self.suggested = list(dict.fromkeys(samples))
     q, v = np.full(len(self.suggested), np.nan), np.nan
     if self.run.has("critic"):

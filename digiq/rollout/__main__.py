@@ -9,7 +9,7 @@ __all__ = ['parser', 'main', 'terminate']
 import argparse, signal
 
 from ..core import DigiqError
-from ..pipeline import device_settings, is_sequential, load_preset, open_run
+from ..pipeline import device_settings, is_sequential, load_preset, one_temperature, open_run
 
 # %% ../../nbs/67_rollout.__main__.ipynb #67-005
 def parser(): # of the command line
@@ -24,7 +24,7 @@ def parser(): # of the command line
     p.add_argument("--order", default="random", choices=("random", "sequential"), help="of the tasks")
     p.add_argument("--episodes", type=int, help="how many; the preset's by default")
     p.add_argument("--repeats", type=int, help="times that each task is played; overrides --episodes")
-    p.add_argument("--temperature", type=float, help="of the policy; the preset's by default")
+    p.add_argument("--temperature", type=float, help="of the agents; by default that of the preset's collection, or for evaluate the best of its list on validation tasks")
     p.add_argument("--device", default="simphone", choices=("simphone", "adb", "emulator"), help="built-in phones; phones that adb lists; emulators that are started for the run")
     p.add_argument("--serials", default="", help="for adb: which, with spaces between; all by default")
     p.add_argument("--avd", default="", help="for emulator: name of the virtual phone")
@@ -44,9 +44,8 @@ def main(
     a = p.parse_args(words)
     try:
         devices = device_settings(a.device, a.serials, a.avd, a.emulators, a.judge, a.judge_url, a.judge_key, a.judge_examples)
-        evaluation = dict(split=a.split, episodes=a.episodes) if a.what == "evaluate" else {}
-        lab = open_run(a.run_dir, load_preset(a.preset, task_set=a.task_set, temperature=a.temperature, devices=devices, evaluation=evaluation,
-                                              collection=dict(episodes=a.episodes if a.what == "collect" else None)), a.seed)
+        own = dict(collection=dict(episodes=a.episodes, temperature=a.temperature)) if a.what == "collect" else dict(evaluation=dict(split=a.split, episodes=a.episodes, temperatures=one_temperature(a.temperature)))
+        lab = open_run(a.run_dir, load_preset(a.preset, task_set=a.task_set, devices=devices, **own), a.seed)
         if a.what == "collect": print(lab.collect(a.split or "train", is_sequential(a.order), a.repeats).round(1).to_string())
         else:
             for agent in a.agents: lab.evaluate(agent, is_sequential(a.order), a.repeats)
