@@ -39,12 +39,12 @@ class BasePolicyConfig:
     demos: int = 2000         # demonstrated episodes
     habit: float = 0.75       # probability of the wrong action where the demonstrator has a habit
     slips: tuple[float, ...] = (0., .1, .3) # shares of random actions, one for each episode; they are not imitated
-    steps: int = 3000         # minibatches
+    steps: int = 2600         # minibatches
     batch: int = 128          # examples a minibatch
-    copying: float = 0.15     # share of a minibatch that is about copying, text alone; .8 at the start
+    copying: float = 0.15     # share of a minibatch that is about copying, text alone; .5 at the start
     pointing: float = 0.3     # share of the rest that is about pointing
     relabel: float = 0.8      # share of demonstrated steps whose shop and query are replaced by made-up ones
-    lr: float = 3e-3          # AdamW's, for embeddings, norms and biases
+    lr: float = 1.5e-3        # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 4e-3   # Muon's, for the weight matrices of the layers
 
 # %% ../nbs/46_base_policy.ipynb #46-008
@@ -87,10 +87,11 @@ def any_history(
     return A.decision(A.render([touch, touch, *others][rng.integers(6)]))
 
 def copy_example(
-    rng:np.random.Generator # draws words
+    rng:np.random.Generator, # draws words
+    share:float=.6 # of words that do not exist
 ) -> tuple[str, str]: # prompt and action string
     "A goal about things that may not exist, and its site or query typed"
-    level, site, query = int(rng.integers(1, 4)), made_up_site(rng), made_up_query(rng, .6)
+    level, site, query = int(rng.integers(1, 4)), made_up_site(rng), made_up_query(rng, share)
     goal = T.WORDINGS[level][rng.integers(len(T.WORDINGS[level]))].format(site=site, query=query)
     return prompt(goal, any_history(rng)), A.render(A.type_text(site if level == 1 or rng.random() < .4 else query))
 
@@ -273,10 +274,10 @@ class Lessons:
         rng:np.random.Generator # draws
     ) -> tuple[list[str], np.ndarray, list[str]]: # prompts, image features and actions
         "A minibatch"
-        copies = int(self.cfg.batch*max(self.cfg.copying, .8 - 4*done))
+        copies = int(self.cfg.batch*max(self.cfg.copying, .5 - done))
         points = rng.choice(self.pointable, int(self.cfg.pointing*(self.cfg.batch - copies)))
         demos = rng.choice(len(self.steps), self.cfg.batch - copies - len(points), p=self.p)
-        texts = [copy_example(rng) for _ in range(copies)] + [point_example(self.steps[i].elements, self.weight, rng) for i in points]
+        texts = [copy_example(rng, min(.6, .1 + done)) for _ in range(copies)] + [point_example(self.steps[i].elements, self.weight, rng) for i in points]
         asked, answers = zip(*texts, *(self.imitate(self.steps[i], rng) for i in demos))
         return asked, np.stack([self.blank]*copies + [self.features[self.row[i]] for i in (*points, *demos)]), answers
 
@@ -286,14 +287,14 @@ def untrained_policy(
     cfg:BasePolicyConfig, # its size
     seed:int=0 # of its weights
 ) -> Policy: # a tiny Auto-UI
-    "The architecture; its output layer begins as the table of its embeddings"
+    "The architecture with random weights"
     seed_all(seed, "base policy")
     tokenizer = tiny_tokenizer(words_to_know())
     policy = Policy(AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=cfg.width, d_kv=32, d_ff=2*cfg.width,
         num_layers=cfg.layers, num_decoder_layers=cfg.layers, num_heads=cfg.width//32, image_dim=eyes.dim, dropout_rate=0.,
         tie_word_embeddings=False, decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id)), tokenizer, eyes)
-    policy.model.lm_head.weight.data.copy_(policy.model.shared.weight.data*cfg.width**-.5) # and not T5's, which is far too sure
+    policy.model.lm_head.weight.data.normal_(std=cfg.width**-.5) # T5 starts its untied head far too sure
     policy.model.generation_config.max_new_tokens = policy.max_new_tokens = 40 # its tokens are long
     return policy
 

@@ -8,7 +8,7 @@ from digiq.representation import VLM
 
 def test_base_models_are_made_and_load(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = dict(screens=60, vlm_steps=4, demos=20, policy_steps=[4, 4, 4, 4], episodes=6)
+    small = dict(screens=60, sight_steps=4, vlm_steps=4, demos=20, policy_steps=8, episodes=6)
     papermill.execute_notebook(root/"nbs"/"base_models.ipynb", tmp_path/"out.ipynb", small | {"out": str(tmp_path/"models")}, progress_bar=False, cwd=root)
     for name, load, said in ("tiny-vlm", lambda p: VLM.load(str(p), 160), "| screens | 60 |"), ("tiny-autoui", Policy.from_pretrained, "| demos | 20 |"):
         folder = tmp_path/"models"/name
