@@ -37,14 +37,14 @@ class BasePolicyConfig:
     width: int = 160          # of the transformer
     layers: int = 2           # of the encoder, and of the decoder
     demos: int = 2000         # demonstrated episodes
-    habit: float = 0.75       # probability of the wrong action where the demonstrator has a habit
+    habit: float = 0.65       # probability of the wrong action where the demonstrator has a habit
     slips: tuple[float, ...] = (0., .1, .3) # shares of random actions, one for each episode; they are not imitated
-    steps: int = 2600         # minibatches
+    steps: int = 2400         # minibatches
     batch: int = 128          # examples a minibatch
     copying: float = 0.15     # share of a minibatch that is about copying, text alone; .5 at the start
     pointing: float = 0.3     # share of the rest that is about pointing
     relabel: float = 0.8      # share of demonstrated steps whose shop and query are replaced by made-up ones
-    lr: float = 1.5e-3        # AdamW's, for embeddings, norms and biases
+    lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 4e-3   # Muon's, for the weight matrices of the layers
 
 # %% ../nbs/46_base_policy.ipynb #46-008

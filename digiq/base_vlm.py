@@ -40,9 +40,9 @@ class BaseVLMConfig:
     vocabulary: int = 1000    # tokens
     screens: int = 12000      # to learn from
     slips: tuple[float, ...] = (0.1, 0.3, 0.7) # shares of random actions among the oracle's, one for each episode
-    sight_steps: int = 1500   # minibatches of looking, before the first question
+    sight_steps: int = 1200   # minibatches of looking, before the first question
     sight_batch: int = 48     # screens a minibatch of looking
-    steps: int = 500          # minibatches of questions
+    steps: int = 450          # minibatches of questions
     batch: int = 32           # screens a minibatch, each with all kinds of questions
     lr: float = 1e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 1e-2   # Muon's, for the weight matrices of the layers
