@@ -163,6 +163,28 @@ def test_vectors_of_another_run(models, whole, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has no finished stage embeddings"): other.embed([tmp_path])
 
 
+def test_diagnoses(models, whole, tmp_path):
+    "Ceilings need no critic; nothing is played twice; what the method learned from stays as it is."
+    run_dir = tmp_path/"run"
+    shutil.copytree(whole, run_dir)
+    before = weights(run_dir)
+    lab = standins.experiment(models, run_dir)
+    call = lambda: (lab.habits(), lab.ceiling(), lab.samples("digiq", 2), lab.evaluate_at_collection("behaviour"), lab.evaluate_at_collection("digiq_rerank"))
+    call()
+    metrics = figures(run_dir)
+    assert set(metrics["ceiling"]) == {"oracle_labels", "perfect_extraction", "perfect_rerank"}
+    assert all(0 <= c["low"] <= c["mean"] <= c["high"] <= 1 and c["episodes"] == 16 and c["temperature"] in (0., 1.) for c in metrics["ceiling"].values())
+    assert 0 <= metrics["habits"]["most_proposed_wrong"] <= metrics["habits"]["right_among"] <= 1 and 0 < metrics["habits"]["states"] <= 6
+    assert metrics["samples"]["digiq"]["learnt"]["1"] == metrics["samples"]["digiq"]["perfect"]["1"] and set(metrics["samples"]["digiq"]["perfect"]) == {"1", "2"}
+    assert metrics["success_at_collection"]["digiq_rerank"] == metrics["success"]["digiq_rerank"] and not (run_dir/"evaluations"/"digiq_rerank_at_collection").exists()
+    made = {f: f.stat().st_mtime_ns for f in run_dir.rglob("*") if f.suffix in (".parquet", ".safetensors")}
+    call()
+    assert figures(run_dir) == metrics and made == {f: f.stat().st_mtime_ns for f in made} and before.items() <= weights(run_dir).items()
+    early = standins.experiment(models, tmp_path/"early")
+    early.collect(); early.featurise(); early.propose()
+    assert list(early.ceiling().index) == list(metrics["ceiling"]) and early.metrics()["ceiling"] == metrics["ceiling"]
+
+
 def test_several_processes_as_users_start_them(models, whole, tmp_path):
     "torchrun and notebook_launcher are one training by two processes, not two by one."
     preset = tmp_path/"preset.yaml"
