@@ -117,17 +117,21 @@ def command(
 def run(self:Android,
     line:str, # what the shell is given
 ) -> tuple[bytes, bytes, int]: # stdout, stderr, exit status
-    "Run a line; afterwards `over` says whether it left the shell."
-    out, self.err, status, self.over = b"", b"", 0, False
+    "Run a line; afterwards `over` says whether it left the shell, and `mixed` is its output with errors where they came."
+    out, self.err, self.mixed, status, self.over = b"", b"", b"", 0, False
     try:
         for joint, words in parse_line(line):
             if joint == "&&" and status or joint == "||" and not status: continue
             name, *words = ["".join(str(status) if part is None else part for part in word) for word in words]
             if name == "exit" and not words: words = [str(status)]
-            try: out, status = out + self.execute(name, words), 0
+            said, erred = b"", len(self.err)
+            try: said, status = self.execute(name, words), 0
             except ShellError as e: status = self.fail(e)
+            out, self.mixed = out + said, self.mixed + self.err[erred:] + said
             if self.over: break
-    except ShellError as e: status = self.fail(e)
+    except ShellError as e:
+        status = self.fail(e)
+        self.mixed += e.line()
     return out, self.err, status
 
 @patch
