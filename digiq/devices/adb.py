@@ -201,13 +201,12 @@ def shell(self:AdbDevice,
 
 @patch
 def _execute(self:AdbDevice, words): # output, errors, exit status
-    if self.v2 is None: self.v2 = "shell_v2" in self.adb.get_features().split(",")
-    if self.v2:
+    if self.v2 or self.v2 is None and "shell_v2" in self.adb.get_features().split(","):
         try:
-            said = self.adb.shell2(list(words), timeout=self.cfg.limit, v2=True)
+            said, self.v2 = self.adb.shell2(list(words), timeout=self.cfg.limit, v2=True), True
             return said.stdout, said.stderr, said.returncode
         except AdbError as e:
-            if str(e) != "closed": raise # by a phone that has no such service: nothing was done
+            if self.v2 or str(e) != "closed": raise # `closed` is also a link that was cut; the first command, a look, may be given twice
     mixed = self.adb.shell(f"{shlex.join(words)}; echo {MARK}$?", timeout=self.cfg.limit, rstrip=False).replace("\r\n", "\n")
     found = re.fullmatch(rf"(.*){MARK}(\d+)\n?(.*)", mixed, re.DOTALL)
     if not found: raise AdbError(f"no shell v2, which came with Android 7, and no exit status in {mixed[-100:]!r}")
