@@ -38,16 +38,17 @@ def explain(
 
 # %% ../../nbs/21_devices.adb.ipynb #21-005
 def list_phones() -> list[tuple[str, str]]: # serial number and state of each; both may have blanks in them
-    "All that the adb server knows."
-    with AdbClient(socket_timeout=10).make_connection() as c:
-        c.send_command("host:devices")
-        c.check_okay()
-        return [tuple(line.split("\t", 1)) for line in c.read_string_block().splitlines() if "\t" in line]
+    "All that the adb server knows. Raises `DeviceError` where it does not answer."
+    try:
+        with AdbClient(socket_timeout=10).make_connection() as c:
+            c.send_command("host:devices")
+            c.check_okay()
+            return [tuple(line.split("\t", 1)) for line in c.read_string_block().splitlines() if "\t" in line]
+    except (AdbError, OSError, ValueError, subprocess.SubprocessError) as e: raise DeviceError(f"adb does not answer ({e}): install it, or run `adb start-server`") from None
 
 def find_devices() -> list[str]: # serial numbers
     "Phones that the adb server has ready. Raises `DeviceError` where there is none, and says what to do."
-    try: found = list_phones()
-    except (AdbError, OSError, subprocess.SubprocessError) as e: raise DeviceError(f"adb does not answer ({e}): install it, or run `adb start-server`") from None
+    found = list_phones()
     ready = [serial for serial, state in found if state == "device"]
     if ready: return ready
     if found: raise DeviceError("; ".join(f"{serial} is {explain(state)}" for serial, state in found))
