@@ -1,8 +1,9 @@
-"A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves."
+"A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves: it may be one of the `Traits`."
 import os, signal, socket, sys, time
 from pathlib import Path
 words = sys.argv[1:]
-if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata\nslow\nloop\ncrash\nonce\nhalf\nstubborn"))
+traits = ("displays", "landscape", "no_keyboard", "no_shell_v2", "unauthorised", "offline", "refuses")
+if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata", "slow", "loop", "crash", "once", "half", "stubborn", *traits, sep="\n"))
 option = dict(zip(words, words[1:]))
 kind, port, mark = option["-avd"], int(option["-port"]), Path(__file__).with_name("mark")
 if kind == "crash" or kind == "once" and not mark.exists() or kind == "half" and port % 4 == 0:
@@ -17,9 +18,9 @@ def linger(*_): # 3 s, then end
     os._exit(0)
 if kind == "stubborn": signal.signal(signal.SIGTERM, linger)
 from digiq.devices.adbd import Adbd
-from digiq.devices.android import Android
+from digiq.devices.android import Android, Traits
 from digiq.phone import SimPhone
-android = Android(SimPhone(), f"EMULATOR{port}")
+android = Android(SimPhone(), f"EMULATOR{port}", traits=Traits(**{kind: ("pm clear",) if kind == "refuses" else True} if kind in traits else {}))
 android.properties["sys.boot_completed"] = ""
 with socket.create_server(("127.0.0.1", port)), Adbd([android], port=port + 1):
     message = f"host:emulator:{port + 1}".encode()

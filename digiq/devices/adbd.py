@@ -9,14 +9,16 @@ __all__ = ['HEADER', 'VERSION', 'LARGEST', 'SERVICES', 'MOST_STREAMS', 'FILE', '
 # %% ../../nbs/20a_devices.adbd.ipynb #20a-002
 import argparse, asyncio, os, shutil, signal, socket, struct, subprocess, tempfile, threading
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 
 import numpy as np
 from adbutils import AdbClient, adb_path
 from fastcore.basics import patch
+from fastcore.docments import docments
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from ..core import DigiqError, derive_seed
-from .android import Android, ShellError
+from .android import Android, ShellError, Traits
 from ..phone import SimPhone
 
 # %% ../../nbs/20a_devices.adbd.ipynb #20a-005
@@ -115,10 +117,14 @@ class Link:
 # %% ../../nbs/20a_devices.adbd.ipynb #20a-010
 @patch
 async def handle(self:Link, command, a, b, data):
-    if command == b"CNXN":
+    traits = self.android.traits
+    if traits.offline: return
+    if traits.unauthorised and command in (b"CNXN", b"AUTH"): self.writer.write(pack(b"AUTH", 1, 0, bytes(20))) # a token to sign
+    elif command == b"CNXN":
         self.largest = min(b, LARGEST)
         about = "".join(f"{k}={self.android.properties[k]};" for k in ("ro.product.name", "ro.product.model", "ro.product.device"))
-        self.writer.write(pack(b"CNXN", VERSION, LARGEST, f"device::{about}features=shell_v2,cmd".encode(errors="surrogateescape")))
+        features = "" if traits.no_shell_v2 else "features=shell_v2,cmd"
+        self.writer.write(pack(b"CNXN", VERSION, LARGEST, f"device::{about}{features}".encode(errors="surrogateescape")))
         if self.largest < 1: raise PacketError("a link without room for data")
     elif not self.largest: raise PacketError(f"{command!r} before CNXN")
     elif command == b"OPEN": await self.open(a, data)
@@ -137,7 +143,7 @@ async def open(self:Link, theirs, data):
     name, *modifiers = head.split(",")
     self.made += 1
     stream = Stream(self, self.made, theirs)
-    if name not in SERVICES or len(self.streams) >= MOST_STREAMS:
+    if name not in SERVICES or len(self.streams) >= MOST_STREAMS or "v2" in modifiers and self.android.traits.no_shell_v2:
         stream.mine = 0
         return await self.send(b"CLSE", stream)
     self.streams[stream.mine] = stream
@@ -170,27 +176,31 @@ def service(
     return register
 
 @service("exec")
-async def _exec(stream, android, modifiers, line): await stream.write(b"".join(android.run(line)[:2]))
+async def _exec(stream, android, modifiers, line):
+    android.run(line)
+    await stream.write(android.mixed)
 
 @service("shell")
 async def _shell(stream, android, modifiers, line):
-    shell = _Shell(stream, "v2" in modifiers, "pty" in modifiers)
+    old = android.traits.no_shell_v2
+    shell = _Shell(stream, "v2" in modifiers, "pty" in modifiers or old and not line, "pty" in modifiers or old)
     status, over = 0, False
-    if line: status = await shell.answer(*android.run(line))
+    if line: status = await shell.answer(android, line)
     else:
         while not over and (line := await shell.line()) is not None:
-            said, over = android.run(line), android.over
-            status = await shell.answer(*said)
+            status, over = await shell.answer(android, line), android.over
     if shell.packets: await shell.say(3, bytes([status]))
 
 class _Shell:
-    def __init__(self, stream, packets, echo): self.stream, self.packets, self.echo, self.typed, self.over = stream, packets, echo, b"", False
+    def __init__(self, stream, packets, echo, crlf): self.stream, self.packets, self.echo, self.crlf, self.typed, self.over = stream, packets, echo, crlf, b"", False
 
     async def say(self, channel, data):
         if data: await self.stream.write(struct.pack("<BI", channel, len(data)) + data if self.packets else data)
 
-    async def answer(self, out, err, status):
-        if self.echo: out, err = out.replace(b"\n", b"\r\n"), err.replace(b"\n", b"\r\n")
+    async def answer(self, android, line):
+        out, err, status = android.run(line)
+        if not self.packets: out, err = android.mixed, b""
+        if self.crlf: out, err = out.replace(b"\n", b"\r\n"), err.replace(b"\n", b"\r\n")
         await self.say(1, out)
         await self.say(2, err)
         return status
@@ -352,10 +362,12 @@ def main(
     parser.add_argument("--port", type=int, default=7555, help="of the first phone; 0 for any free ones")
     parser.add_argument("--scale", type=float, default=.25, help="pixels per logical pixel; 1 gives 1080x2400")
     parser.add_argument("--disturbance", type=float, default=1., help="scales the rates of everything that goes wrong")
+    for f in fields(Traits): parser.add_argument("--" + f.name.replace("_", "-"), help=docments(Traits)[f.name], **(dict(action="store_true") if f.type is bool else dict(action="append", default=[])))
     args = parser.parse_args(words)
     if args.phones < 1: parser.error("--phones must be 1 or more")
     if not args.scale > 0: parser.error("--scale must be above 0")
-    androids = [Android(SimPhone(args.scale, disturbance=args.disturbance), f"simphone-{i}") for i in range(args.phones)]
+    traits = Traits(*(v if isinstance(v := getattr(args, f.name), bool) else tuple(v) for f in fields(Traits)))
+    androids = [Android(SimPhone(args.scale, disturbance=args.disturbance), f"simphone-{i}", traits=traits) for i in range(args.phones)]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: stop.set())
     try:

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, wait_exponential
 
 from ..core import DigiqError
-from .adb import FAULTS, AdbDevice, AdbSettings, LimitedClient
+from .adb import FAULTS, AdbDevice, AdbSettings, LimitedClient, explain
 from ..env import DeviceError
 
 # %% ../../nbs/22_devices.emulator.ipynb #22-005
@@ -132,7 +132,7 @@ class Emulator:
         program:str, # path of the emulator
         cfg:EmulatorSettings,
         folder:Path, # for its log, and its copy of the AVD
-    ): self.program, self.cfg, self.log, self.process, self.port, self.lock = program, cfg, Path(folder), None, None, threading.Lock()
+    ): self.program, self.cfg, self.log, self.process, self.port, self.lock, self.why = program, cfg, Path(folder), None, None, threading.Lock(), ""
 
     @property
     def serial(self): return f"emulator-{self.port}"
@@ -171,8 +171,10 @@ def answers(self:Emulator,
     "Whether Android is up and says so."
     client = LimitedClient()
     try:
-        with client.limited(limit): return client.device(self.serial).shell(["getprop", "sys.boot_completed"]) == "1"
-    except FAULTS: return False
+        with client.limited(limit): said = client.device(self.serial).shell(["getprop", "sys.boot_completed"])
+    except FAULTS as e: self.why = explain(e)
+    else: self.why = "" if said.split()[-1:] == ["1"] else "Android is still booting"
+    return not self.why
 
 @patch
 def state(self:Emulator) -> str: # "stopped", "booting", "ready", "sick" or "dead"
@@ -190,7 +192,8 @@ def wait(self:Emulator,
     while (state := self.state()) == "booting": time.sleep(pause)
     if state != "ready":
         words = self.path.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise DeviceError(f"{self.serial} is {state} after {time.monotonic() - self.began:.0f} s ({words[-1][:200]}); its log is {self.path}")
+        at_last = f", at last {self.why}" if state == "sick" else ""
+        raise DeviceError(f"{self.serial} is {state} after {time.monotonic() - self.began:.0f} s ({words[-1][:200]}){at_last}; its log is {self.path}")
 
 # %% ../../nbs/22_devices.emulator.ipynb #22-016
 class Emulators:
