@@ -7,6 +7,7 @@ __all__ = ['WORDS', 'reason', 'pause', 'disguise', 'check_folder', 'rgb']
 
 # %% ../nbs/00a_foreign.ipynb #00a-002
 import json, re
+from codecs import getincrementaldecoder
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -71,7 +72,10 @@ def disguise(
     else:
         with open(source, "rb") as f: head = f.read(4096)
     if re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head): return ""
-    text, again = head.decode("utf-8-sig", "replace").strip(), "fetch the file itself again"
+    try: text = getincrementaldecoder("utf-8-sig")().decode(head).strip() # the last letter may be cut off
+    except UnicodeDecodeError: text = head.decode("latin-1") if head.lstrip()[:1] == b"<" else ""
+    if head.strip() and not text: return ""
+    again = "fetch the file itself again"
     if not text: return f"empty: {again}"
     if re.match(r"version https://(git-lfs|hawser)\.github\.com/spec/", text): return "a git-lfs pointer, not the file itself: run git lfs pull where it was cloned"
     if re.match(r"\S*/annex/objects/\S+$", text): return "a git-annex pointer, not the file itself: run git annex get where it was cloned"

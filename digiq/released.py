@@ -187,8 +187,9 @@ def main(
     try: report = convert(args.path, args.out, args.images, args.limit, args.dtype)
     except DigiqError as e: sys.exit(str(e))
     odd = report.pop("oddities")
+    if form := report.pop("form", ""): print(form)
     print(", ".join(f"{v} {k}" for k, v in report.items()))
-    for o in odd[:20]: print(f"episode {o['episode']}" + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
+    for o in odd[:20]: print(("the file" if o["episode"] is None else f"episode {o['episode']}") + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
     print(f"{len(odd)} oddities, all of them in {Path(args.out)/'report.json'}")
 
 # %% ../nbs/54_released.ipynb #54-042
