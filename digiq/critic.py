@@ -21,6 +21,7 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, AutoModel
 
 from .core import ConfigError, atomic, from_dict, read_json, to_dict, write_json
+from .foreign import check_folder
 
 # %% ../nbs/50_critic.ipynb #50-005
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class PooledEncoder(nn.Module):
         source # path or hub name to load from; a `transformers` configuration for untrained weights of that shape
     ):
         super().__init__()
+        if isinstance(source, str): check_folder(source)
         self.model = AutoModel.from_pretrained(source, dtype=torch.float32) if isinstance(source, str) else AutoModel.from_config(source, dtype=torch.float32)
         self.config, self.dim = self.model.config, self.model.config.hidden_size
 

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .core import DataError, atomic, progress, share
+from .foreign import disguise, rgb
 
 # %% ../nbs/30_data.ipynb #30-007
 @lru_cache(maxsize=100_000)
@@ -70,7 +71,8 @@ def verify(self:Shards):
     for f in self.found().values():
         stat = f.stat()
         if _crc(f, stat.st_size, stat.st_mtime_ns) != f.stem.split("-")[1]:
-            raise DataError(f"{f} is damaged or truncated: delete it and run the stage that wrote it again")
+            found = disguise(f)
+            raise DataError(f"{f} is {found if 'pointer' in found else 'damaged or truncated: delete it and run the stage that wrote it again'}")
 
 @patch
 def paths(self:Shards) -> list[Path]: # the files, in order
@@ -126,7 +128,7 @@ def decode_screen(
     data:bytes, # a picture file
 ) -> Image.Image: # RGB
     "The inverse of `encode_screen`."
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return rgb(Image.open(io.BytesIO(data)))
 
 # %% ../nbs/30_data.ipynb #30-022
 def _schema(columns, pictures=()):

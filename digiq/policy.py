@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMEMBERED', 'AutoUIConfig', 'image_width', 'AutoUI', 'positions', 'ImageEncoder', 'PooledImages', 'Policy',
-           'grammar_tokens', 'snap', 'tiny_tokenizer']
+           'load_tokenizer', 'grammar_tokens', 'snap', 'tiny_tokenizer']
 
 # %% ../nbs/40_policy.ipynb #40-002
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Sequence
 
@@ -23,9 +24,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import logging
 
 from .actions import complete, decision, impossible, is_valid, press, render, tap, type_text
-from .core import DataError, read_json
+from .core import DataError, DigiqError, read_json
 from .data import distinct
 from .env import prompt
+from .foreign import check_folder
 
 # %% ../nbs/40_policy.ipynb #40-005
 class AutoUIConfig(T5Config):
@@ -47,7 +49,7 @@ def image_width(
         with safe_open(folder/"model.safetensors", "pt") as f: return f.get_slice("image_dense.weight").get_shape()[1] if "image_dense.weight" in f.keys() else default
     if not (folder/"pytorch_model.bin").exists(): return default
     try: weights = torch.load(folder/"pytorch_model.bin", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e: raise DataError(f"{folder/'pytorch_model.bin'} asks for more than weights, and is refused: nothing in it was run ({str(e).splitlines()[0]})") from None
+    except pickle.UnpicklingError: raise DataError(f"{folder/'pytorch_model.bin'} asks for more than weights, and is refused: nothing in it was run") from None
     return weights["image_dense.weight"].shape[1] if "image_dense.weight" in weights else default
 
 # %% ../nbs/40_policy.ipynb #40-007
@@ -75,6 +77,7 @@ class AutoUI(T5ForConditionalGeneration):
     def from_pretrained(cls, path, *args, **kwargs):
         "As in `transformers`; where the configuration does not say how wide image features are, as in the published one, the weights do"
         folder = Path(path)
+        check_folder(folder)
         if "config" not in kwargs and (folder/"config.json").exists():
             kwargs["config"] = AutoUIConfig.from_pretrained(path)
             if "image_dim" not in read_json(folder/"config.json"): kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
@@ -155,6 +158,7 @@ class ImageEncoder:
     ) -> "ImageEncoder":
         "The vision tower of a saved VLM; of a BLIP-2, its pooled output"
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        check_folder(path)
         if AutoConfig.from_pretrained(path).model_type == "blip-2": return PooledImages.from_pretrained(path, device)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         return cls(model.model.vision_tower, AutoProcessor.from_pretrained(path).image_processor, device)
@@ -318,6 +322,21 @@ def log_prob(self:Policy,
     if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
     return token.sum(1)
 
+# %% ../nbs/40_policy.ipynb #40-033b
+def load_tokenizer(
+    path:str|Path, # directory or hub name
+): # a `transformers` tokenizer
+    "A saved tokenizer. Raises `DigiqError` where a package is missing, `DataError` where text stands in the place of a binary."
+    check_folder(path)
+    pieces = [f for f in Path(path).glob("*.model") if not (Path(path)/"tokenizer.json").exists()]
+    lacking = [package for package, name in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if pieces and not _installed(name)]
+    if lacking: raise DigiqError(f"{path} has its tokenizer in {pieces[0].name} only, which needs sentencepiece and protobuf: pip install {' '.join(lacking)}")
+    return AutoTokenizer.from_pretrained(path)
+
+def _installed(name):
+    try: return find_spec(name) is not None
+    except ModuleNotFoundError: return False # the package that it would be in
+
 # %% ../nbs/40_policy.ipynb #40-034
 @patch
 def save(self:Policy,
@@ -336,7 +355,7 @@ def from_pretrained(cls:Policy,
 ) -> Policy:
     "Load a saved policy in float32"
     model = AutoUI.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    return cls(model, AutoTokenizer.from_pretrained(path), eyes, **kwargs)
+    return cls(model, load_tokenizer(path), eyes, **kwargs)
 
 # %% ../nbs/40_policy.ipynb #40-036
 def grammar_tokens(

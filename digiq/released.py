@@ -7,18 +7,19 @@ __all__ = ['WRAPPERS', 'ENCODERS', 'FILES', 'OTHERS', 'read_weights', 'policy_co
            'agent_files', 'Missing', 'load_agent', 'save_agent', 'main']
 
 # %% ../nbs/54_released.ipynb #54-002
-import argparse, pickle, sys
+import argparse, pickle, re, sys
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig
+from transformers import AutoConfig, RobertaConfig
 
 from .conversion import convert
 from .core import DataError, DigiqError, atomic
 from .critic import Critic, CriticConfig
-from .policy import AutoUI, AutoUIConfig, Policy
+from .foreign import disguise
+from .policy import AutoUI, AutoUIConfig, Policy, load_tokenizer
 
 # %% ../nbs/54_released.ipynb #54-006
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"} # parts of names: of DDP, of torch.compile, of FSDP
@@ -28,9 +29,14 @@ def read_weights(
 ) -> dict: # tensors by name, without the names of wrappers
     "Read weights. Raises `DataError` where the file is missing, damaged, or asks for anything but tensors."
     path = Path(path)
-    try: found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if found := disguise(path): raise DataError(f"{path} is {found}")
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except DataError: raise
     except FileNotFoundError: raise DataError(f"{path} does not exist") from None
-    except pickle.UnpicklingError as e: raise DataError(f"{path} asks for more than weights, and is refused: nothing in it was run ({' '.join(str(e).split())[:200]})") from None
+    except pickle.UnpicklingError as e:
+        why = re.search(r"GLOBAL \S+", str(e))
+        raise DataError(f"{path} asks for more than weights{f' ({why[0]})' if why else ''}, and is refused: nothing in it was run") from None
     except Exception as e: raise DataError(f"{path} is damaged: fetch it again ({' '.join(str(e).split())[:200]})") from None
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()): raise DataError(f"{path} holds no weights by name")
     return {".".join(p for p in k.split(".") if p not in WRAPPERS): v for k, v in found.items()}
@@ -147,7 +153,7 @@ def load_agent(
     weights = read_weights(files["policy"])
     model = AutoUI(policy_config(weights)).eval()
     fill(model, weights, "the policy's file")
-    tokenizer = AutoTokenizer.from_pretrained(auto_ui) if auto_ui else Missing()
+    tokenizer = load_tokenizer(auto_ui) if auto_ui else Missing()
     encoder = AutoConfig.from_pretrained(text_encoder) if Path(text_encoder).is_dir() else None
     critics = [load_critic(read_weights(files[what]), encoder, text_encoder).to(device) for what in ("critic", "target critic")]
     return Policy(model.to(device), tokenizer, eyes), *critics
@@ -181,8 +187,9 @@ def main(
     try: report = convert(args.path, args.out, args.images, args.limit, args.dtype)
     except DigiqError as e: sys.exit(str(e))
     odd = report.pop("oddities")
+    if form := report.pop("form", ""): print(form)
     print(", ".join(f"{v} {k}" for k, v in report.items()))
-    for o in odd[:20]: print(f"episode {o['episode']}" + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
+    for o in odd[:20]: print(("the file" if o["episode"] is None else f"episode {o['episode']}") + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
     print(f"{len(odd)} oddities, all of them in {Path(args.out)/'report.json'}")
 
 # %% ../nbs/54_released.ipynb #54-042

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 from .actions import Action, in_words
 from .core import ConfigError, DigiqError, atomic
+from .foreign import check_folder
 
 # %% ../nbs/42_representation.ipynb #42-007
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class VLM:
     ) -> "VLM":
         "Read a model. Raises `DigiqError` where there is none, `ConfigError` where it reads pictures of another size."
         path = model_path(name)
+        check_folder(path)
         try: model, processor = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
         except OSError as e: raise DigiqError(f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a hub id ({str(e).splitlines()[0]})") from None
         except ImportError as e: raise DigiqError(f"VLM {name!r} needs more than is installed here: {' '.join(str(e).split())[:200]}") from None

@@ -17,6 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError
+from .foreign import disguise
 
 # %% ../nbs/31_torchfile.ipynb #31-007
 STORAGES = dict(FloatStorage="<f4", DoubleStorage="<f8", HalfStorage="<f2", BFloat16Storage="bfloat16", LongStorage="<i8", IntStorage="<i4", ShortStorage="<i2", CharStorage="|i1", ByteStorage="|u1", BoolStorage="|b1")
@@ -368,6 +369,7 @@ class TorchFile:
         try: self.file = open(self.path, "rb")
         except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}") from None
         self.size = self.path.stat().st_size
+        if found := disguise(self.path): raise DataError(f"{self.path} is {found}")
         if self.file.read(2) == b"PK": self._open_zip()
         else: self._open_row()
     def __repr__(self): return f"TorchFile({str(self.path)!r})"

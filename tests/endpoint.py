@@ -6,7 +6,8 @@ from PIL import Image
 
 
 class Endpoint:
-    "Serves POST /v1/chat/completions inside `with`. `answer(goal, picture, request)` returns a verdict (a dict) or any text; what is in `faults` comes first; failures ask for `rest` seconds."
+    """Serves POST /v1/chat/completions inside `with`. `answer(goal, picture, request)` returns a verdict (a dict) or any text. What is in `faults` comes first:
+    a status, ("refuses", status, body), ("says", content, finish_reason) or a word. Failures ask for `rest` seconds, or in headers of their own."""
     def __init__(self, answer, key="sk-loopback"):
         self.answer, self.key, self.faults, self.requests, self.rest = answer, key, [], [], "0.01"
         endpoint = self
@@ -35,19 +36,20 @@ class Endpoint:
         if said != f"Bearer {self.key}": return self.reply(handler, 401, {"error": {"message": f"Incorrect API key provided: {said}"}})
         if handler.path != "/v1/chat/completions": return self.reply(handler, 404, {"error": {"message": "no such path"}})
         if isinstance(fault, int): return self.reply(handler, fault, {"error": {"message": f"status {fault} for {said}"}})
+        if isinstance(fault, tuple) and fault[0] == "refuses": return self.send(handler, fault[1], fault[2].encode(), "application/json" if fault[2][:1] in "{[" else "text/plain")
         if fault == "slow": time.sleep(3)
         if fault == "cut": return handler.connection.shutdown(socket.SHUT_RDWR)
         if fault == "drip": return self.drip(handler)
         if fault == "garbage": return self.send(handler, 200, b"<html>busy</html>", "text/html")
-        content = fault[1] if isinstance(fault, tuple) else self.answer(*question(request), request)
+        content, finish = (*fault[1:], "stop")[:2] if isinstance(fault, tuple) else (self.answer(*question(request), request), "stop")
         self.reply(handler, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
-                                  "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content if isinstance(content, str) else json.dumps(content)}}]})
+                                  "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": json.dumps(content) if isinstance(content, dict) else content}}]})
 
     def reply(self, handler, status, content): self.send(handler, status, json.dumps(content).encode(), "application/json")
 
     def send(self, handler, status, data, kind):
         handler.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), ("Retry-After", self.rest)): handler.send_header(name, value)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), *(self.rest if isinstance(self.rest, dict) else {"Retry-After": self.rest}).items()): handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(data)
 
