@@ -59,7 +59,7 @@ def test_run_notebook_exports_nothing(path):
 
 def test_page_stands_alone_and_stays_short():
     sources = [cell.source for cell in cells(page)]
-    nodes = [node for cell in cells(page) for node in ast.walk(tree(cell))]
+    nodes = [node for cell in cells(page) for top in tree(cell) for node in ast.walk(top)]
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} <= {"copy", "collections", "matplotlib", "numpy", "torch"}
