@@ -5,7 +5,7 @@ import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
-from notebooks import cells, library, module, paths, root, runs, tree
+from notebooks import cells, library, module, page, paths, root, runs, tree
 
 every = pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 each_library = pytest.mark.parametrize("path", library, ids=lambda p: p.stem)
@@ -55,6 +55,16 @@ def test_run_notebook_has_one_parameters_cell_of_literals(path):
 @each_run
 def test_run_notebook_exports_nothing(path):
     assert not [cell for cell in cells(path) if re.search(r"^#\|\s*(default_exp|export)", cell.source, re.MULTILINE)]
+
+
+def test_page_stands_alone_and_stays_short():
+    sources = [cell.source for cell in cells(page)]
+    nodes = [node for cell in cells(page) for top in tree(cell) for node in ast.walk(top)]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} <= {"copy", "collections", "matplotlib", "numpy", "torch"}
+    assert sum(bool(line.strip()) for source in sources for line in source.splitlines()) <= 250
+    assert module(page) is None and page.stat().st_size < 250_000
 
 
 def test_presets_travel_with_the_package():
