@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'PHRASINGS', 'NEXT', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'CARD', 'BasePolicyConfig',
-           'made_up_word', 'made_up_site', 'made_up_query', 'any_history', 'copy_example', 'words_to_know', 'on_grid',
-           'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit', 'Step', 'demonstrate',
-           'relabel', 'Lessons', 'untrained_policy', 'make_base_policy', 'write_card', 'ship_vlm', 'ship_policy',
-           'measure_policy', 'plot_losses']
+           'made_up_site', 'made_up_query', 'any_history', 'copy_example', 'words_to_know', 'on_grid', 'point_example',
+           'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit', 'Step', 'demonstrate', 'relabel',
+           'Lessons', 'untrained_policy', 'make_base_policy', 'write_card', 'ship_vlm', 'ship_policy', 'measure_policy',
+           'plot_losses']
 
 # %% ../nbs/46_base_policy.ipynb #46-003
 from collections import Counter
@@ -48,17 +48,6 @@ class BasePolicyConfig:
     matrix_lr: float = 4e-3   # Muon's, for the weight matrices of the layers
 
 # %% ../nbs/46_base_policy.ipynb #46-008
-def made_up_word(
-    rng:np.random.Generator # draws letters
-) -> str: # 3 to 12 letters
-    "A word that does not exist: of syllables, of two halves of words, or of any letters"
-    kind = rng.choice(["syllables", "halves", "letters"], p=[.4, .3, .3])
-    if kind == "syllables":
-        return "".join(rng.choice(list("bcdfghklmnprstvz" if i % 2 == 0 else "aeiou")) for i in range(rng.integers(3, 8)))
-    if kind == "letters": return "".join(rng.choice(list("eeeaaiioounrtlsdchpmgbfkvwyzjxq"), rng.integers(4, 10)))
-    one, two = rng.choice(T.NOUNS + T.COLOURS + T.MATERIALS, 2)
-    return one[:rng.integers(2, max(3, len(one)))] + two[rng.integers(1, max(2, len(two) - 1)):]
-
 def made_up_site(
     rng:np.random.Generator # draws syllables
 ) -> str: # e.g. "moralo.com"
@@ -72,7 +61,7 @@ def made_up_query(
     "A query of known words in a new order, or with new words"
     while True:
         words = [rng.choice(T.COLOURS + T.MATERIALS + T.MANNERS) for _ in range(rng.integers(1, 3))] + [rng.choice(T.NOUNS)]
-        query = " ".join(made_up_word(rng) if rng.random() < share else w for w in words)
+        query = " ".join(T.made_up_word(rng) if rng.random() < share else w for w in words)
         if query not in HELD_OUT: return query
 
 HELD_OUT = {*T.queries("val"), *T.queries("test")} # never shown in training

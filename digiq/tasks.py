@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SYLLABLES', 'COLOURS', 'MATERIALS', 'MANNERS', 'NOUNS', 'OWN_NOUNS', 'WORDINGS', 'SIZES', 'MARKS', 'Task',
-           'sites', 'queries', 'level', 'from_file', 'overlap', 'load']
+           'sites', 'queries', 'made_up_word', 'level', 'from_file', 'overlap', 'load']
 
 # %% ../nbs/02_tasks.ipynb #02-003
 import random, re, unicodedata
@@ -83,6 +83,17 @@ WORDINGS = {
         "Open {site}, search for {query}, select the first result", "Show me the first result for {query} on {site}",
         "Search {site} for {query} and select the first entry", "On {site}, look up {query}, open the first entry"),
 }
+
+# %% ../nbs/02_tasks.ipynb #02-017b
+def made_up_word(
+    rng, # NumPy's `Generator`, draws letters
+) -> str: # 2 to 20 letters
+    "A word of syllables, of two halves of words, or of any letters."
+    kind = rng.choice(["syllables", "halves", "letters"], p=[.4, .3, .3])
+    if kind == "syllables": return "".join(rng.choice(list("bcdfghklmnprstvz" if i % 2 == 0 else "aeiou")) for i in range(rng.integers(3, 8)))
+    if kind == "letters": return "".join(rng.choice(list("eeeaaiioounrtlsdchpmgbfkvwyzjxq"), rng.integers(4, 10)))
+    one, two = rng.choice(NOUNS + COLOURS + MATERIALS, 2)
+    return one[:rng.integers(2, max(3, len(one)))] + two[rng.integers(1, max(2, len(two) - 1)):]
 
 # %% ../nbs/02_tasks.ipynb #02-018
 SIZES = {"train": 420, "val": 120, "test": 300}  # tasks a split
