@@ -55,7 +55,7 @@ from .training import ActorConfig
 class CollectionConfig:
     "Recorded episodes of the behaviour policy, on training tasks"
     temperature:float=1.0 # at which it acts; 0 is greedy
-    episodes:int=480 # how many
+    episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
     recorded:str="" # directory of episodes that `digiq.released.convert` took over, with what they have of candidates and embeddings; then nothing is played
@@ -74,15 +74,15 @@ class EmbeddingConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
-    temperatures:tuple[float, ...]=(0., .5, .8, 1.) # of which every agent acts at its own best one; that of a list of one is taken as it is
-    tuning:int=100 # validation episodes at each temperature, to find out
+    temperatures:tuple[float, ...]=(0., .5, 1.) # of which every agent acts at its own best one; that of a list of one is taken as it is
+    tuning:int=90 # validation episodes at each temperature, to find out
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
     first:int|None=None # only the first so many tasks of the split; 96 is the published way
     most:int=100_000 # an agent plays at most so many, whatever is asked for
     phones:int=75 # played at once
     shard:int=75 # episodes a file
-    rerank:int=16 # samples a step that re-ranking chooses from
+    rerank:int=8 # samples a step that re-ranking chooses from
     states:int=200 # that differ in their candidates, for the check of the critic
     returns:int=600 # recorded steps, for the reliability of the critic
 

@@ -40,7 +40,7 @@ def featurise(
 @dataclass(frozen=True)
 class ProposalConfig:
     "Candidates for each recorded state"
-    n: int = 8               # candidates a state, the recorded action included
+    n: int = 16              # candidates a state, the recorded action included
     temperature: float = 1.0 # of the behaviour policy that proposes
     batch: int = 64          # states a forward pass
     shard: int = 64          # episodes a file
