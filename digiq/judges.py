@@ -102,7 +102,7 @@ def _object(text, begin): # the verdict that begins with this brace, and where i
     except (ValueError, RecursionError): pass
     for brace in islice(re.finditer("}", text[begin:begin + 10_000]), 4):
         try: verdict = _verdict(_loose(text[begin:begin + brace.end()]))
-        except (ValueError, SyntaxError, MemoryError, RecursionError): continue
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): continue
         if verdict: return verdict, begin + brace.end()
 
 def read_verdict(

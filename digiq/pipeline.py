@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from . import __file__ as package, __version__
 from . import ceilings, evaluation, extraction, finetuning, proposals, rollout, tasks, training
 from .actions import in_words, is_valid, parse
-from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, to_dict, write_json
+from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, read_text, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
@@ -172,7 +172,7 @@ def load_preset(
 ) -> Preset:
     "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."
     path = preset_path(name)
-    try: found = yaml.safe_load(path.read_text()) or {}
+    try: found = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
     return from_dict(Preset, overlay(to_dict(preset), overrides))
