@@ -75,7 +75,7 @@ class EmbeddingConfig:
 class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
     temperatures:tuple[float, ...]=(0., .5, 1.) # of which every agent acts at its own best one; that of a list of one is taken as it is
-    tuning:int=90 # validation episodes at each temperature, to find out
+    tuning:int=60 # validation episodes at each temperature, to find out
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
     first:int|None=None # only the first so many tasks of the split; 96 is the published way
