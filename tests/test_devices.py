@@ -157,7 +157,7 @@ def test_emulators_are_left_while_one_is_healed(sdk):
 
 
 def test_judge_is_compared_with_the_truth(tmp_path, monkeypatch):
-    lab = open_run(tmp_path/"run", load_preset("smoke", disturbance=0., threads=1, evaluation=dict(episodes=20, shard=10)))
+    lab = open_run(tmp_path/"run", load_preset("smoke", disturbance=0., threads=1, evaluation=dict(episodes=20, shard=10, temperatures=[1.])))
     lab.evaluate("behaviour")
     store = EpisodeStore(tmp_path/"run"/"evaluations"/"behaviour")
     steps = store.episodes()
