@@ -373,11 +373,11 @@ def pretrain(
     screens:Screens,
     config:BaseVLMConfig,
     seed:int=0,
-) -> tuple[VLM, list[float]]: # the model, its losses
+) -> tuple[VLM, Sight, list[float]]: # the model, what its tower was taught by, its losses
     "Make a VLM that knows what is on a screen."
     names = sorted({n for e in screens.elements for n, _ in e} | {"background"})
     vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages))), seed)
-    learn_to_see(vlm, screens, config, seed)
+    sight, _ = learn_to_see(vlm, screens, config, seed)
     vlm.model.model.vision_tower.requires_grad_(False)
     optimizers = matrix_optimizers(vlm.model, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, config.steps, .05)) for o in optimizers]
@@ -392,7 +392,7 @@ def pretrain(
         for o in optimizers: o.zero_grad()
         losses.append(loss.item())
     vlm.model.eval().requires_grad_(True)
-    return vlm, losses
+    return vlm, sight, losses
 
 # %% ../nbs/45_base_vlm.ipynb #45-040
 @torch.inference_mode()

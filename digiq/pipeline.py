@@ -252,7 +252,7 @@ def made_from(
     if stage in RULES: return STAGES["policy"]
     if stage in ceilings.LABELS: return ("truths",), ("actor",)
     family, _, agent = stage.partition("/")
-    if family not in ("tuning", "evaluations", "ceilings", "samples"): return STAGES["critic" if stage.startswith("critic") else "check"]
+    if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"): return STAGES["critic" if stage.startswith("critic") else "check"]
     agent = agent.partition("/")[0].removesuffix("_at_collection")
     plain = agent.removesuffix("_rerank")
     needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
@@ -982,6 +982,23 @@ def draw_samples(self:Experiment,
 ) -> Image.Image:
     "Success against the number of samples."
     return small_picture(ceilings.plot_samples(self.samples(name, most)).figure)
+
+# %% ../nbs/65_pipeline.ipynb #65-068f
+@patch
+def interpolations(self:Experiment,
+    name:str="digiq", # a trained policy
+    alphas:tuple[float, ...]=(0., .25, .5, .75, 1.), # values of `actor.interpolation`
+) -> pd.DataFrame: # rows with alpha, mean, low, high, episodes
+    "Success on validation tasks along the line from the behaviour policy's weights to trained ones, at the trained agent's temperature."
+    cfg, temperature, found = self.preset.evaluation, self.tune(name), {}
+    for alpha in alphas:
+        policy, start = self.load_trained(name), self.base_policy()
+        training.interpolate([*start.model.parameters()], [*policy.model.parameters()], alpha/self.preset.actor.interpolation)
+        store = self.play(f"interpolations/{name}/{alpha:g}", policy, "val", self.held_out(cfg.episodes, temperature))
+        found[f"{alpha:g}"] = evaluation.success(evaluation.outcomes(store), self.shops("val"))
+    self.update_metrics(interpolations={name: found})
+    self.note()
+    return pd.DataFrame([dict(alpha=float(a), **rate) for a, rate in found.items()])[["alpha", "mean", "low", "high", "episodes"]]
 
 # %% ../nbs/65_pipeline.ipynb #65-070
 def relative(

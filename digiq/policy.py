@@ -83,6 +83,19 @@ class AutoUI(T5ForConditionalGeneration):
             if "image_dim" not in read_json(folder/"config.json"): kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
         return super().from_pretrained(path, *args, **kwargs)
 
+# %% ../nbs/40_policy.ipynb #40-008b
+@patch
+def look(self:AutoUI,
+    h:torch.Tensor, # text states, float [batch, length, d_model]
+    patches:torch.Tensor # image features, float [batch, patches, image_dim]
+) -> torch.Tensor: # float [batch, length, d_model]
+    "What each token sees: `mha_layer` over `image_dense`, without projecting the patches"
+    m, picture = self.mha_layer, self.image_dense
+    (wq, wk, wv), (bq, _, bv) = m.in_proj_weight.chunk(3), m.in_proj_bias.chunk(3)
+    q = F.linear(h, wq, bq) @ (wk @ picture.weight)
+    seen = F.scaled_dot_product_attention(q[:, None], patches[:, None], patches[:, None], scale=h.shape[-1]**-.5)[:, 0]
+    return m.out_proj(F.linear(seen, wv @ picture.weight, F.linear(picture.bias, wv, bv)))
+
 # %% ../nbs/40_policy.ipynb #40-009
 @patch
 def encode(self:AutoUI,
@@ -95,8 +108,7 @@ def encode(self:AutoUI,
     h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     if which is not None: h = F.embedding(which, h.flatten(1)).unflatten(1, h.shape[1:]) # h[which], but its gradients add up in the same order every time
     if image_features.dim() == 2: image_features = image_features[:, None]
-    v = self.image_dense(image_features.to(h.dtype))
-    a, _ = self.mha_layer(h, v, v, need_weights=False)
+    a = self.look(h, image_features.to(h.dtype))
     gate = torch.sigmoid(self.gate_dense(torch.cat([h, a], -1)))
     return BaseModelOutput(last_hidden_state=(1 - gate)*h + gate*a)
 
