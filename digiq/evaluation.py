@@ -20,6 +20,7 @@ from .actions import Action, is_valid, parse
 from .core import DataError, Run, derive_seed, progress, seed_all
 from .data import EpisodeStore
 from .env import perform
+from .extraction import supported
 from .phone import SimPhone, distance
 from .scoring import Scorer
 
@@ -246,25 +247,31 @@ def probes(
 def check_critic(
     found:Sequence[Probe], # held-out states with the truth
     scorer:Scorer, # the critic to check
+    support:float=0., # of the agent, see `digiq.extraction.supported`
     batch:int=64 # states at a time
-) -> dict: # argmax_optimal, pairwise, chance in 0..1, states, and argmax_optimal by level
+) -> dict: # as of `judge_ranking`
     "How often the critic's favourite is good, and how often it orders a good and a bad candidate rightly"
     q = []
     for i in range(0, len(found), batch):
         part = found[i:i+batch]
         q += scorer([p.goal for p in part], [p.previous for p in part], [p.screen for p in part], [p.before for p in part], [p.candidates for p in part])[0]
-    return judge_ranking(found, q)
+    return judge_ranking(found, q, support)
 
+# %% ../nbs/60_evaluation.ipynb #60-019b
 def judge_ranking(
     found:Sequence[Probe], # states
-    q:Sequence[np.ndarray] # a score a candidate
-) -> dict: # argmax_optimal, pairwise, chance, states, levels
-    "Compare scores with the truth"
+    q:Sequence[np.ndarray], # a score a candidate
+    support:float=0. # see `check_critic`
+) -> dict: # argmax_optimal, chosen_optimal, pairwise, chance, most_proposed in 0..1, states, and the first two by level
+    "How often Q's favourite is good, and the one that the agent's rule chooses; and how often a good and a bad candidate are ordered rightly"
     top = np.array([p.good[np.argmax(s)] for p, s in zip(found, q)])
+    chosen = np.array([p.good[np.argmax(supported(s, np.array(p.counts), support))] for p, s in zip(found, q)])
     pairs = [((s[p.good][:, None] > s[~p.good]) + .5*(s[p.good][:, None] == s[~p.good])).mean() for p, s in zip(found, q)]
     level = np.array([p.level for p in found])
-    return dict(argmax_optimal=float(top.mean()), pairwise=float(np.mean(pairs)), chance=float(np.mean([p.good.mean() for p in found])),
-        most_proposed=float(np.mean([p.good[np.argmax(p.counts)] for p in found])), states=len(found), levels={str(k): float(top[level == k].mean()) for k in np.unique(level)})
+    by_level = lambda right: {str(k): float(right[level == k].mean()) for k in np.unique(level)}
+    return dict(argmax_optimal=float(top.mean()), chosen_optimal=float(chosen.mean()), pairwise=float(np.mean(pairs)),
+        chance=float(np.mean([p.good.mean() for p in found])), most_proposed=float(np.mean([p.good[np.argmax(p.counts)] for p in found])),
+        states=len(found), levels=by_level(top), chosen_levels=by_level(chosen))
 
 # %% ../nbs/60_evaluation.ipynb #60-022
 def reliability(

@@ -237,7 +237,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
     "habits": (("evaluations/behaviour",), ("proposals", "evaluation")),
-    "check": (("evaluations/behaviour", "critic"), ("evaluation",))}
+    "check": (("evaluations/behaviour", "critic"), ("extraction", "evaluation"))}
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
@@ -873,11 +873,11 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     names = [n for n in ("critic", "critic_without_representation") if n == "critic" or (self.path/"checkpoints"/n).exists()]
     def make():
         found = self.probes(self.preset.evaluation.states)
-        return {n: evaluation.check_critic(found, self.scorer(n)) for n in names}
+        return {n: evaluation.check_critic(found, self.scorer(n), self.preset.extraction.support) for n in names}
     self.require(*names)
     checked = self.result("check", make)
     self.update_metrics(**checked)
-    return pd.DataFrame(checked).T.drop(columns="levels")
+    return pd.DataFrame(checked).T.drop(columns=["levels", "chosen_levels"])
 
 # %% ../nbs/65_pipeline.ipynb #65-066
 def returns(
