@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .actions import ActionError, parse
+from .actions import ActionError, parse, parse_decision
 from .critic import Critic
 from .extraction import supported
 from .policy import ImageEncoder, Policy
@@ -36,7 +36,7 @@ def kind_and_text(
 ) -> tuple[str, str]: # kind and typed text
     "What the critic reads of a previous action"
     if not decision: return "", ""
-    action = parse(f"Action Plan: [{decision.split(chr(34))[3]}] ; Action Decision: {decision}")
+    action = parse_decision(decision)
     return action.kind, action.text
 
 # %% ../nbs/53_scoring.ipynb #53-006
