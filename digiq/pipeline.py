@@ -119,6 +119,8 @@ class Preset:
             value = self
             for part in name.split("."): value = getattr(value, part)
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
+        for name in ("critic", "actor"):
+            if getattr(self, name).reference: raise ConfigError(f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
 
 # %% ../nbs/65_pipeline.ipynb #65-007b
 def parameter(
