@@ -235,6 +235,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "representation": (("episodes",), ("representation",)),
     "embeddings": (("proposals", "representation"), ("embedding",)),
     "critic": (("embeddings",), ("critic",)),
+    "critic_without_representation": (("embeddings",), ("critic",)),
     "scores": (("critic",), ()),
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
@@ -249,12 +250,12 @@ RULES = {"digiq": None, "digiq_paper": "paper", **{m: m for m in ("filtered_bc",
 def made_from(
     stage:str, # name of a stage
 ) -> tuple[tuple, tuple]: # the stages it is made from, and the settings of its own
-    "What goes into a stage."
+    "What goes into a stage. Raises `DigiqError` for one that does not exist."
     if stage in STAGES: return STAGES[stage]
     if stage in RULES: return STAGES["policy"]
     if stage in ceilings.LABELS: return ("truths",), ("actor",)
     family, _, agent = stage.partition("/")
-    if family not in ("tuning", "evaluations", "ceilings", "samples"): return STAGES["critic" if stage.startswith("critic") else "check"]
+    if family not in ("tuning", "evaluations", "ceilings", "samples"): raise DigiqError(f"there is no stage {stage!r}: choose one of {', '.join((*STAGES, *RULES, *ceilings.LABELS))}")
     agent = agent.partition("/")[0].removesuffix("_at_collection")
     plain = agent.removesuffix("_rerank")
     needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
