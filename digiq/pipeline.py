@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from . import __file__ as package, __version__
 from . import ceilings, evaluation, extraction, finetuning, proposals, rollout, tasks, training
 from .actions import in_words, is_valid, parse
-from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, read_text, to_dict, write_json
+from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, read_text, threads, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
@@ -280,15 +280,15 @@ class Experiment(Run):
         try: super().__init__(path)
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
-        torch.set_num_threads(preset.threads)
         transformers.utils.logging.disable_progress_bar() # of loading weights
 
     @property
     def workers(self): return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
 
+    @contextmanager
     def stage(self, name, config):
-        "As `Run.stage`, with the settings of everything that goes into the stage."
-        return super().stage(name, dict(config, preset=self.settings(name)))
+        "As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number of threads."
+        with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads): yield stage
 
 # %% ../nbs/65_pipeline.ipynb #65-027
 def fingerprint(
@@ -515,7 +515,7 @@ def checkpoint(self:Experiment,
     missing = not path.exists()
     team.wait() # all have looked
     if team.place: # help the first process, which writes
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, threads(self.preset.threads):
             if missing: make(Path(folder)/name)
         team.wait()
         return read_json(path/"report.json")
