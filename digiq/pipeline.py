@@ -6,8 +6,8 @@
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'parameter',
            'words', 'from_nbs', 'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings',
            'is_sequential', 'one_temperature', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on',
-           'open_run', 'readable', 'Nothing', 'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates',
-           'small_picture', 'draw_states', 'vary', 'smooth']
+           'open_run', 'recorded_settings', 'preset_of', 'readable', 'Nothing', 'read_scores', 'returns', 'relative',
+           'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import filecmp, hashlib, json, os, platform, re, shutil, tempfile, textwrap
@@ -325,6 +325,37 @@ def open_run(
 ) -> Experiment:
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), parameter(seed, int, "seed"))
+
+# %% ../nbs/65_pipeline.ipynb #65-030b
+def recorded_settings(
+    path:Path, # a run directory
+    default:Preset=Preset(), # for what no stage recorded
+) -> tuple[Preset, int]: # settings, and the seed
+    "What a run was made with, as its stages recorded it."
+    found, seed = {}, 0
+    for f in sorted((path/"stages").rglob("*.json")):
+        settings = dict(read_json(f)["config"].get("preset") or {})
+        seed = settings.pop("seed", seed)
+        found = overlay(found, settings)
+    found = {k: v for k, v in _without_digests(found).items() if k in Preset.__dataclass_fields__}
+    return from_dict(Preset, overlay(to_dict(default), found)), seed
+
+def _without_digests(x): # the settings as they were given: `fingerprint` has put digests behind names
+    if isinstance(x, dict): return {k: _without_digests(v) for k, v in x.items()}
+    return re.sub(r" \([0-9a-f]{8}\)$", "", x) if isinstance(x, str) else x
+
+# %% ../nbs/65_pipeline.ipynb #65-030c
+def preset_of(
+    run_dir:str|Path, # as for `open_run`
+    preset:str|Path="tiny", # for what no stage of the run recorded, for its phones and its evaluation
+    **overrides, # as for `load_preset`
+) -> Preset:
+    "The preset to evaluate a run with: what it was made with, as far as it has been made."
+    path, given = from_nbs(run_dir), load_preset(preset)
+    found, _ = recorded_settings(path, given)
+    name = read_json(path/"metrics.json").get("preset", given.name) if (path/"metrics.json").exists() else given.name
+    found = replace(found, name=name, devices=given.devices, evaluation=given.evaluation)
+    return from_dict(Preset, overlay(to_dict(found), overrides))
 
 # %% ../nbs/65_pipeline.ipynb #65-032
 @patch
