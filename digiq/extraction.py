@@ -51,14 +51,16 @@ def best(
 # %% ../nbs/51_extraction.ipynb #51-010
 def best_of_n(
     scores:Scores, # a table
-    threshold:float=0., # smallest advantage worth learning from, epsilon
+    threshold:float=0., # smallest advantage worth learning from, epsilon; -1 or less for none
     support:float=0., # see `best`
-    floor:float=-np.inf # smallest V worth learning from
+    floor:float=-1. # smallest V worth learning from; -1 or less for none
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
     "Imitate the best candidate where it beats the state's value"
     rows = best(scores, support)
-    rows = rows[(scores.q[rows] - scores.v[rows] > threshold) & (scores.v[rows] > floor)]
+    rows = rows[_above(scores.q[rows] - scores.v[rows], threshold) & _above(scores.v[rows], floor)]
     return rows, np.ones(len(rows), np.float32)
+
+def _above(x, least): return (x > least) | (least <= -1) # a critic that regresses may be below -1
 
 # %% ../nbs/51_extraction.ipynb #51-014
 def most_proposed(
@@ -108,8 +110,8 @@ def reinforce(
 class ExtractionConfig:
     "From scores to weights"
     method: str = "best_of_n"  # best_of_n, paper, awr, reinforce, sft, filtered_bc or most_proposed
-    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 for none, 0 is the paper's rule
-    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 is the paper's rule
+    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 or less for none, 0 is the paper's rule
+    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 or less for none, as in the paper's rule
     support: float = 0.        # Best-of-N and re-ranking: power of the number of proposals, tau; 0 is the paper's rule
     epsilon: float = 0.        # the paper's rule: smallest advantage worth learning from
     beta: float = 0.05         # AWR: temperature in units of value
