@@ -74,7 +74,8 @@ def _check(self:CriticConfig):
         if getattr(self, name) not in allowed:
             raise ConfigError(f"critic.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
     if self.save_every % self.accumulate:
-        raise ConfigError(f"critic.save_every is {self.save_every}: choose a multiple of critic.accumulate ({self.accumulate})")
+        raise ConfigError(f"critic.save_every is {self.save_every}: "
+                          f"choose a multiple of critic.accumulate ({self.accumulate})")
     if not (self.pretrained_text or self.train_text):
         raise ConfigError("critic.train_text is False: a bag of embeddings has to be trained, "
                           "only a pre-trained text encoder can stay as it is")
@@ -259,7 +260,8 @@ def encoders(self:Critic) -> list[nn.Module]: # each once
 def _read(self:Critic, name, rows): # encodings of distinct strings
     encoder, precision = getattr(self, name), self.q_heads.precision
     if not self.cfg.train_text: return self._remembered(name, encoder, rows)
-    with torch.autocast(rows.device.type, precision, enabled=precision != torch.float32): return encoder(self.texts[rows])
+    with torch.autocast(rows.device.type, precision, enabled=precision != torch.float32):
+        return encoder(self.texts[rows])
 
 @patch
 @torch.no_grad()
@@ -351,7 +353,8 @@ def save(self:Critic,
     with atomic(path) as tmp:
         tmp.mkdir(parents=True, exist_ok=True)
         save_model(self, str(tmp/"model.safetensors"))
-        write_json(tmp/"config.json", dict(critic=to_dict(self.cfg), vocab=self.vocab, screen_dim=self.screen_dim, rep_dim=self.rep_dim))
+        shape = dict(vocab=self.vocab, screen_dim=self.screen_dim, rep_dim=self.rep_dim)
+        write_json(tmp/"config.json", dict(critic=to_dict(self.cfg), **shape))
         if self.cfg.pretrained_text: self.goal_encoder.config.save_pretrained(tmp/"text_encoder")
 
 @patch(cls_method=True)

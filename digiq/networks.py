@@ -40,7 +40,8 @@ class PooledEncoder(nn.Module):
     ):
         super().__init__()
         if isinstance(source, str): check_folder(source)
-        self.model = AutoModel.from_pretrained(source, dtype=torch.float32) if isinstance(source, str) else AutoModel.from_config(source, dtype=torch.float32)
+        make = AutoModel.from_pretrained if isinstance(source, str) else AutoModel.from_config
+        self.model = make(source, dtype=torch.float32)
         self.config, self.dim = self.model.config, self.model.config.hidden_size
 
     def forward(self,
@@ -65,7 +66,8 @@ class _Layer(torch.autograd.Function):
             a, b = x.to(w.dtype).transpose(1, 2), g.to(w.dtype)
             if w.grad is None: w.grad = torch.bmm(a, b, out=w.__dict__.setdefault("room", torch.empty_like(w)))
             else: w.grad.baddbmm_(a, b)
-        return g @ low.transpose(1, 2) if ctx.needs_input_grad[0] else None, None, g.sum(1, keepdim=True, dtype=w.dtype), None
+        to_x = g @ low.transpose(1, 2) if ctx.needs_input_grad[0] else None
+        return to_x, None, g.sum(1, keepdim=True, dtype=w.dtype), None
 
 # %% ../nbs/49_networks.ipynb #49-011
 class Heads(nn.Module):
@@ -78,18 +80,20 @@ class Heads(nn.Module):
         super().__init__()
         shape = list(zip(widths[:-1], widths[1:]))
         layers = [[nn.Linear(i, o) for i, o in shape] for _ in range(heads)]
-        self.weight = nn.ParameterList([torch.stack([l[k].weight.detach().T for l in layers]) for k in range(len(shape))])
-        self.bias = nn.ParameterList([torch.stack([l[k].bias.detach() for l in layers])[:, None] for k in range(len(shape))])
+        weights = [torch.stack([head.weight.detach().T for head in layer]) for layer in zip(*layers)]
+        biases = [torch.stack([head.bias.detach() for head in layer])[:, None] for layer in zip(*layers)]
+        self.weight, self.bias = nn.ParameterList(weights), nn.ParameterList(biases)
         self.drop, self.precision, self.low = nn.Dropout(dropout), torch.float32, {}
 
     def forward(self,
         x:torch.Tensor # float [batch, in]
     ) -> torch.Tensor: # float32 [heads, batch, out]
         x = self.drop(x).to(self.precision).expand(len(self.weight[0]), -1, -1)
-        for k, (w, b) in enumerate(zip(self.weight, self.bias)): x = _Layer.apply(F.relu(x) if k else x, w, b, self.rounded(k, w))
+        for k, (w, b) in enumerate(zip(self.weight, self.bias)):
+            x = _Layer.apply(F.relu(x) if k else x, w, b, self.rounded(k, w))
         return x.float()
 
-    def rounded(self, k, w): # the weight in the precision of the products; as long as it stays the same it is rounded once
+    def rounded(self, k, w): # the weight in the precision of the products, rounded once for as long as it stays the same
         if self.precision == w.dtype: return w.detach()
         if self.low.get(k, (None, None))[0] != w._version: self.low[k] = w._version, w.detach().to(self.precision)
         return self.low[k][1]
