@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ALIASES', 'NO_POINT', 'ActionError', 'Action', 'tap', 'swipe', 'type_text', 'press', 'complete',
-           'impossible', 'render', 'parse', 'is_valid', 'decision', 'in_words']
+           'impossible', 'render', 'parse_decision', 'parse', 'is_valid', 'decision', 'in_words']
 
 # %% ../nbs/01_actions.ipynb #01-002
 import math, re
@@ -127,16 +127,23 @@ _PLAN = re.compile(r"\s*Action Plan:\s*\[([A-Z_,\s]*)\]\s*;\s*Action Decision:\s
 _DECISION = re.compile(rf'"action_type":\s*"([A-Z_]*)"\s*,\s*"touch_point":\s*{_POINT}\s*,\s*"lift_point":\s*{_POINT}\s*,\s*"typed_text":\s*"(.*)"\s*', re.DOTALL)
 
 # %% ../nbs/01_actions.ipynb #01-026
+def parse_decision(
+    text:str, # the part after `Action Decision: `
+    plan:tuple[str, ...]=(), # 1 to 8 kinds; the action's own where none is given
+) -> Action:
+    "Read the decision alone. Raises `ActionError` with the reason where `text` is none."
+    decision = _DECISION.fullmatch(text)
+    if not decision: raise ActionError(_what_is_wrong(text))
+    kind, y0, x0, y1, x1, typed = decision.groups()
+    return Action(kind, (y0, x0), (y1, x1), typed, plan)
+
 def parse(
     text:str, # what the policy wrote
 ) -> Action:
     "Read an action. Raises `ActionError` with the reason where `text` is none."
     plan = _PLAN.match(text)
     if not plan: raise ActionError('no "Action Plan: [KIND,...] ; Action Decision: " at the beginning')
-    decision = _DECISION.fullmatch(text, plan.end())
-    if not decision: raise ActionError(_what_is_wrong(text[plan.end():]))
-    kind, y0, x0, y1, x1, typed = decision.groups()
-    return Action(kind, (y0, x0), (y1, x1), typed, tuple(k.strip() for k in plan[1].split(",")))
+    return parse_decision(text[plan.end():], tuple(k.strip() for k in plan[1].split(",")))
 
 # %% ../nbs/01_actions.ipynb #01-028
 def _what_is_wrong(decision):

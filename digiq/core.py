@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'MARKS', 'PR_SET_PDEATHSIG', 'DigiqError', 'ConfigError', 'DataError', 'from_dict', 'to_dict', 'derive_seed',
            'seed_all', 'atomic', 'read_text', 'write_json', 'read_json', 'Log', 'read_log', 'Run', 'Stage',
-           'NotebookBar', 'progress', 'one_thread', 'share']
+           'NotebookBar', 'progress', 'threads', 'share']
 
 # %% ../nbs/00_core.ipynb #00-002
 import codecs, ctypes, hashlib, json, math, operator, os, random, re, shutil, signal, sys, time, traceback
@@ -339,11 +339,13 @@ def progress(
 
 # %% ../nbs/00_core.ipynb #00-052
 @contextmanager
-def one_thread():
-    "Torch, where it is in use, on one thread."
+def threads(
+    n:int, # how many
+):
+    "Torch, where it is in use, on so many threads; afterwards on as many as before."
     torch = sys.modules.get("torch")
     before = torch and torch.get_num_threads()
-    if torch: torch.set_num_threads(1)
+    if torch: torch.set_num_threads(n)
     try: yield
     finally:
         if torch: torch.set_num_threads(before)
@@ -356,7 +358,7 @@ def _work_in_copy(work, item, home, parent):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent: return # it ended before it could be asked
     try:
-        with one_thread(): work(item, home.send)
+        with threads(1): work(item, home.send)
     except BaseException as e:
         home.send((type(e), e.args, vars(e), "" if isinstance(e, DigiqError) else traceback.format_exc()))
 
@@ -398,7 +400,7 @@ def share(
 ):
     "Work on all items. Raises what `work` raises, and `DigiqError` where a process is killed."
     if min(workers, len(items)) < 2 or sys.platform != "linux":
-        with one_thread():
+        with threads(1):
             for item in items:
                 work(item, told)
                 finished()

@@ -38,17 +38,19 @@ def wilson(
 # %% ../nbs/60_evaluation.ipynb #60-007
 def outcomes(
     store:EpisodeStore # finished episodes
-) -> pd.DataFrame: # a row an episode: episode, task_id, goal, level, seed, steps, success
+) -> pd.DataFrame: # a row per episode: episode, task_id, goal, level, seed, steps, success
     "How each episode ended"
     steps = store.episodes()
     steps = steps[(steps.action != "") | (steps.error != "")]
-    out = steps.groupby("episode").agg(task_id=("task_id", "first"), goal=("goal", "first"), level=("level", "first"), seed=("seed", "first"), steps=("step", "size"), reward=("reward", "max"))
+    first = {k: (k, "first") for k in ("task_id", "goal", "level", "seed")}
+    out = steps.groupby("episode").agg(**first, steps=("step", "size"), reward=("reward", "max"))
     return out.assign(success=out.reward >= 1).drop(columns="reward").reset_index()
 
+# %% ../nbs/60_evaluation.ipynb #60-007a
 def success(
     ended:pd.DataFrame, # as `outcomes` makes it
     shops:dict={} # by task id, "known" or "unknown"; empty where tasks have no shops
-) -> dict: # mean, low, high, episodes, and the same for each level under "levels", for known and unknown shops under "shop"
+) -> dict: # mean, low, high, episodes; the same for each level under "levels", and by kind of shop under "shop"
     "Success in all, by level and by shop"
     rate = lambda e: wilson(int(e.success.sum()), len(e))
     by = lambda group: {str(k): rate(e) for k, e in ended.groupby(group)}
@@ -56,11 +58,12 @@ def success(
 
 def one_by_one(
     ended:pd.DataFrame # as `outcomes` makes it
-) -> dict: # `played`, a digest of tasks and seeds, and `won`, a digit an episode in their order, 1 where it succeeded
+) -> dict: # `played`, a digest of tasks and seeds, and `won`, a digit per episode in their order, 1 where it succeeded
     "Outcomes in few characters, to compare agents that played the same episodes"
     e = ended.sort_values(["task_id", "seed"])
     played = "\n".join(f"{r.task_id} {r.seed}" for r in e.itertuples())
-    return dict(played=hashlib.blake2b(played.encode(), digest_size=8).hexdigest(), won="".join(str(int(x)) for x in e.success))
+    digest = hashlib.blake2b(played.encode(), digest_size=8).hexdigest()
+    return dict(played=digest, won="".join(str(int(x)) for x in e.success))
 
 # %% ../nbs/60_evaluation.ipynb #60-009
 def evaluate(
@@ -78,12 +81,20 @@ def evaluate(
 def table(
     rates:dict, # success rates by agent, as in metrics.json
     temperatures:dict={} # at which they act, as in metrics.json
-) -> pd.DataFrame: # percent with interval, a row an agent
+) -> pd.DataFrame: # percent with interval, a row per agent
     "Success rates for people to read"
+    return pd.DataFrame([_row(k, r, temperatures) for k, r in rates.items()]).set_index("agent")
+
+def _row(agent, r, temperatures):
     cell = lambda r: f"{100*r['mean']:.1f} [{100*r['low']:.1f}, {100*r['high']:.1f}]"
-    groups = lambda r: {f"level {k}": cell(x) for k, x in r.get("levels", {}).items()} | {f"{k} shop": cell(x) for k, x in r.get("shop", {}).items()}
-    warmth = lambda k: {"temperature": temperatures[k]} if k in temperatures else {}
-    return pd.DataFrame([{"agent": k, **warmth(k), "success %": cell(r), **groups(r), "episodes": r["episodes"]} for k, r in rates.items()]).set_index("agent")
+    warmth = {"temperature": temperatures[agent]} if agent in temperatures else {}
+    levels = {f"level {k}": cell(x) for k, x in r.get("levels", {}).items()}
+    shops = {f"{k} shop": cell(x) for k, x in r.get("shop", {}).items()}
+    return {"agent": agent, **warmth, "success %": cell(r), **levels, **shops, "episodes": r["episodes"]}
+
+# %% ../nbs/60_evaluation.ipynb #60-010a
+COLOURS = dict(behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq_paper="#009E73", digiq="#0072B2",
+    behaviour_rerank="#CCCCCC", filtered_bc_rerank="#F0C96B", digiq_rerank="#56B4E9") # safe for colour-blind readers
 
 def plot_success(
     rates:dict, # success rates by agent, as in metrics.json
@@ -95,12 +106,10 @@ def plot_success(
     names, mean = list(rates), np.array([r["mean"] for r in rates.values()])
     gap = np.array([[r["mean"] - r["low"], r["high"] - r["mean"]] for r in rates.values()]).T
     ax.bar(range(len(names)), 100*mean, yerr=100*gap, capsize=4, color=[COLOURS.get(n, "#999999") for n in names])
-    ax.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names]); ax.set_ylabel("success on held-out tasks, %"); ax.set_ylim(0, 100)
+    ax.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
+    ax.set(ylabel="success on held-out tasks, %", ylim=(0, 100))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
-
-COLOURS = {"behaviour": "#999999", "filtered_bc": "#E69F00", "most_proposed": "#CC79A7", "digiq_paper": "#009E73", "digiq": "#0072B2",
-    "behaviour_rerank": "#CCCCCC", "filtered_bc_rerank": "#F0C96B", "digiq_rerank": "#56B4E9"} # safe for colour-blind readers
 
 # %% ../nbs/60_evaluation.ipynb #60-012a
 def over_runs(
@@ -123,15 +132,19 @@ def _pool(rates):
     total = wilson(round(sum(r["mean"]*r["episodes"] for r in rates)), n)
     if len(rates) > 1:
         spread = over_runs([r["mean"] for r in rates])
-        total = dict(mean=spread["mean"], low=min(total["low"], max(0., spread["low"])), high=max(total["high"], min(1., spread["high"])), episodes=n)
+        low, high = min(total["low"], max(0., spread["low"])), max(total["high"], min(1., spread["high"]))
+        total = dict(mean=spread["mean"], low=low, high=high, episodes=n)
     for group in ("levels", "shop"):
-        if names := sorted({k for r in rates for k in r.get(group, {})}): total[group] = {k: _pool([r[group][k] for r in rates if k in r.get(group, {})]) for k in names}
+        names = sorted({k for r in rates for k in r.get(group, {})})
+        if names: total[group] = {k: _pool([r[group][k] for r in rates if k in r.get(group, {})]) for k in names}
     return total
 
 # %% ../nbs/60_evaluation.ipynb #60-014b
 def _both(runs, agent, other): # outcomes of both in each run, int [2, episodes]
     found = [[r["outcomes"][k] for k in (agent, other)] for r in runs]
-    if any(a["played"] != b["played"] for a, b in found): raise DataError(f"{agent} and {other} were not evaluated on the same episodes: evaluate both with the same settings")
+    if any(a["played"] != b["played"] for a, b in found):
+        raise DataError(f"{agent} and {other} were not evaluated on the same episodes: "
+                        "evaluate both with the same settings")
     return [np.array([[*x["won"]] for x in pair], int) for pair in found]
 
 def paired(
@@ -139,7 +152,7 @@ def paired(
     agent:str, # one that all of them evaluated
     other:str # another one
 ) -> dict: # mean, low, high in -1..1, and episodes
-    "How much more often an agent succeeds than another one, over runs; over the episodes of a single run. Raises `DataError` where they did not play the same ones"
+    "How much more often an agent succeeds than another one. Raises `DataError` where they did not play the same episodes"
     differences = [a - b for a, b in _both(runs, agent, other)]
     n = sum(map(len, differences))
     if len(runs) > 1: return dict(over_runs([d.mean() for d in differences]), episodes=n)
@@ -152,10 +165,11 @@ def ratio(
     agent:str, # one that all of them evaluated
     other:str # another one
 ) -> dict: # mean (geometric), low, high, and episodes
-    "How many times as often an agent succeeds as another one, over runs; over the episodes of a single run. Raises `DataError` where one never succeeds"
+    "How many times as often an agent succeeds as another one. Raises `DataError` where one never succeeds"
     both = _both(runs, agent, other)
     won = np.array([pair.sum(1) for pair in both])
-    if not won.all(): raise DataError(f"{agent} or {other} never succeeds in one of the runs: a ratio needs successes of both")
+    if not won.all():
+        raise DataError(f"{agent} or {other} never succeeds in one of the runs: a ratio needs successes of both")
     logs, n = np.log(won[:, 0]/won[:, 1]), sum(pair.shape[1] for pair in both)
     half = 1.96*((both[0][0] != both[0][1]).sum()/won[0].prod())**.5
     found = over_runs(logs) if len(runs) > 1 else dict(mean=logs[0], low=logs[0] - half, high=logs[0] + half)
@@ -186,6 +200,7 @@ def walk(
         yield r
         if r.action and not r.error: perform(phone, parse(r.action))
 
+# %% ../nbs/60_evaluation.ipynb #60-017c
 def replay(
     phone:SimPhone, # will be reset
     task, # the task of the episode
@@ -222,26 +237,33 @@ def probes(
     mixed:bool=True # leave out states whose candidates are all good or all not
 ) -> list[Probe]: # at most `states`; those with a single candidate are left out always
     "Held-out states whose candidates differ, with the truth about each candidate"
-    steps = store.episodes(); named = {t.id: t for t in tasks}
-    acted = steps[(steps.action != "") | (steps.error != "")]
+    steps, named, out = store.episodes(), {t.id: t for t in tasks}, []
+    acted, episodes = steps[(steps.action != "") | (steps.error != "")], dict(list(steps.groupby("episode")))
     order = np.random.default_rng(derive_seed(seed, "probes")).permutation(len(acted))
-    episodes, out = dict(list(steps.groupby("episode"))), []
     seed_all(seed, "probes")
     with progress(total=states, desc="probing states") as bar:
         for chunk in np.array_split(order, max(1, len(order)//64)):
-            rows = acted.iloc[chunk]
-            shown = [store.screen(r.episode, r.step) for r in rows.itertuples()]
-            earlier = [store.screen(r.episode, max(r.step - 1, 0)) for r in rows.itertuples()]
-            for r, screen, before, names in zip(rows.itertuples(), shown, earlier, policy.act(rows.goal.tolist(), rows.previous.tolist(), shown, earlier, n, temperature)):
+            for r, screen, before, names in _proposed(store, acted.iloc[chunk], policy, n, temperature):
                 counts = {a: names.count(a) for a in names if is_valid(a)}
                 if len(out) == states or len(counts) < 2: continue
-                replay(phone, named[r.task_id], episodes[r.episode], r.step)
-                now = distance(phone, named[r.task_id], NEVER)
-                good = np.array([left_after(phone, named[r.task_id], parse(a)) < now for a in counts], bool)
+                good = _truth(phone, named[r.task_id], episodes[r.episode], r.step, counts)
                 if mixed and (good.all() or not good.any()): continue
-                out.append(Probe(r.goal, r.previous, screen, before, list(counts), list(counts.values()), good, r.level)); bar.update(1)
+                out.append(Probe(r.goal, r.previous, screen, before, list(counts), list(counts.values()), good, r.level))
+                bar.update(1)
             if len(out) == states: break
     return out
+
+# %% ../nbs/60_evaluation.ipynb #60-018a
+def _proposed(store, rows, policy, n, temperature): # steps with their screens, those before and some candidates
+    screens = [store.screen(r.episode, r.step) for r in rows.itertuples()]
+    before = [store.screen(r.episode, max(r.step - 1, 0)) for r in rows.itertuples()]
+    names = policy.act(rows.goal.tolist(), rows.previous.tolist(), screens, before, n, temperature)
+    return zip(rows.itertuples(), screens, before, names)
+
+def _truth(phone, task, episode, step, actions): # whether each brings the goal nearer, bool [actions]
+    replay(phone, task, episode, step)
+    now = distance(phone, task, NEVER)
+    return np.array([left_after(phone, task, parse(a)) < now for a in actions], bool)
 
 # %% ../nbs/60_evaluation.ipynb #60-019
 def check_critic(
@@ -250,28 +272,31 @@ def check_critic(
     support:float=0., # of the agent, see `digiq.extraction.supported`
     batch:int=64 # states at a time
 ) -> dict: # as of `judge_ranking`
-    "How often the critic's favourite is good, and how often it orders a good and a bad candidate rightly"
+    "How often the critic's favourite is good, and how often it orders a good and a bad candidate correctly"
     q = []
     for i in range(0, len(found), batch):
         part = found[i:i+batch]
-        q += scorer([p.goal for p in part], [p.previous for p in part], [p.screen for p in part], [p.before for p in part], [p.candidates for p in part])[0]
+        q += scorer(*([getattr(p, k) for p in part] for k in ("goal", "previous", "screen", "before", "candidates")))[0]
     return judge_ranking(found, q, support)
 
-# %% ../nbs/60_evaluation.ipynb #60-019b
+# %% ../nbs/60_evaluation.ipynb #60-019a
 def judge_ranking(
     found:Sequence[Probe], # states
-    q:Sequence[np.ndarray], # a score a candidate
+    q:Sequence[np.ndarray], # a score for each candidate
     support:float=0. # see `check_critic`
-) -> dict: # argmax_optimal, chosen_optimal, pairwise, chance, most_proposed in 0..1, states, and the first two by level
-    "How often Q's favourite is good, and the one that the agent's rule chooses; and how often a good and a bad candidate are ordered rightly"
+) -> dict: # argmax_optimal, chosen_optimal, pairwise, chance, most_proposed, states, levels, chosen_levels
+    "Compare scores with the truth: by Q alone, and by the agent's rule"
     top = np.array([p.good[np.argmax(s)] for p, s in zip(found, q)])
     chosen = np.array([p.good[np.argmax(supported(s, np.array(p.counts), support))] for p, s in zip(found, q)])
-    pairs = [((s[p.good][:, None] > s[~p.good]) + .5*(s[p.good][:, None] == s[~p.good])).mean() for p, s in zip(found, q)]
-    level = np.array([p.level for p in found])
-    by_level = lambda right: {str(k): float(right[level == k].mean()) for k in np.unique(level)}
-    return dict(argmax_optimal=float(top.mean()), chosen_optimal=float(chosen.mean()), pairwise=float(np.mean(pairs)),
-        chance=float(np.mean([p.good.mean() for p in found])), most_proposed=float(np.mean([p.good[np.argmax(p.counts)] for p in found])),
+    level, share = np.array([p.level for p in found]), lambda x: float(np.mean(x))
+    by_level = lambda right: {str(k): share(right[level == k]) for k in np.unique(level)}
+    return dict(argmax_optimal=share(top), chosen_optimal=share(chosen),
+        pairwise=share([_ordered(s[p.good], s[~p.good]) for p, s in zip(found, q)]),
+        chance=share([p.good.mean() for p in found]), most_proposed=share([p.good[np.argmax(p.counts)] for p in found]),
         states=len(found), levels=by_level(top), chosen_levels=by_level(chosen))
+
+def _ordered(good, bad): # share of pairs in which the good one scores higher; a tie is half right
+    return ((good[:, None] > bad) + .5*(good[:, None] == bad)).mean()
 
 # %% ../nbs/60_evaluation.ipynb #60-022
 def reliability(
@@ -281,8 +306,10 @@ def reliability(
 ) -> pd.DataFrame: # predicted, happened, error (standard error of `happened`), n
     "Mean prediction and mean outcome by bins of the prediction"
     parts = np.array_split(np.argsort(predicted), bins)
-    return pd.DataFrame([dict(predicted=predicted[p].mean(), happened=happened[p].mean(), error=happened[p].std()/max(1, len(p))**.5, n=len(p)) for p in parts if len(p)])
+    return pd.DataFrame([dict(predicted=predicted[p].mean(), happened=happened[p].mean(),
+                              error=happened[p].std()/len(p)**.5, n=len(p)) for p in parts if len(p)])
 
+# %% ../nbs/60_evaluation.ipynb #60-022a
 def plot_reliability(
     bins:pd.DataFrame, # as `reliability` makes it
     ax=None # matplotlib axes to draw on
@@ -292,7 +319,8 @@ def plot_reliability(
     ax = ax or plt.subplots(figsize=(3.6, 3.4), layout="constrained")[1]
     top = 1.05*max(bins.predicted.max(), (bins.happened + bins.error).max(), .05)
     ax.plot([0, top], [0, top], color="#bbbbbb", lw=1, label="perfect")
-    ax.errorbar(bins.predicted, bins.happened, yerr=1.96*bins.error, fmt="o-", color="#0072B2", capsize=3, ms=4, label="critic")
-    ax.set_xlabel("predicted Q(s, a)"); ax.set_ylabel("return that happened"); ax.legend(frameon=False)
+    ax.errorbar(bins.predicted, bins.happened, 1.96*bins.error, fmt="o-", color="#0072B2", capsize=3, ms=4, label="critic")
+    ax.set(xlabel="predicted Q(s, a)", ylabel="return that happened")
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -32,15 +32,17 @@ class Scores:
 def supported(
     q:np.ndarray, # values, float [n]
     count:np.ndarray, # how often each action was proposed, [n]
-    support:float # power of the count, tau; 0 orders by Q alone
+    support:float # power of the count, kappa; 0 orders by Q alone
 ) -> np.ndarray: # float [n], higher is better
-    "log Q + tau log count: an order of candidates that trusts Q less where the behaviour policy hardly ever goes"
+    "log Q + kappa log count: an order that trusts Q less where the behaviour policy hardly ever goes"
     if not support: return q # which may be negative, where a critic regresses
-    return np.where(q == -np.inf, -np.inf, np.log(np.maximum(q, 1e-6)) + support*np.log(count)) # -inf: no action at all
+    no_action = q == -np.inf
+    return np.where(no_action, -np.inf, np.log(np.maximum(q, 1e-6)) + support*np.log(count))
 
+# %% ../nbs/51_extraction.ipynb #51-009a
 def best(
     scores:Scores, # a table
-    support:float=0. # power of the number of proposals by which Q is multiplied; 0 is the paper's rule
+    support:float=0. # power of the number of proposals that multiplies Q; 0 is the paper's rule
 ) -> np.ndarray: # int64 [states with a valid candidate], row of the best one; the first recorded wins a tie
     "The row of each state's best valid candidate"
     rows = np.flatnonzero(scores.valid)
@@ -51,14 +53,16 @@ def best(
 # %% ../nbs/51_extraction.ipynb #51-010
 def best_of_n(
     scores:Scores, # a table
-    threshold:float=0., # smallest advantage worth learning from, epsilon
+    threshold:float=0., # smallest advantage worth learning from, epsilon; -1 or less for none
     support:float=0., # see `best`
-    floor:float=-np.inf # smallest V worth learning from
+    floor:float=-1. # smallest V worth learning from; -1 or less for none
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
     "Imitate the best candidate where it beats the state's value"
     rows = best(scores, support)
-    rows = rows[(scores.q[rows] - scores.v[rows] > threshold) & (scores.v[rows] > floor)]
+    rows = rows[_above(scores.q[rows] - scores.v[rows], threshold) & _above(scores.v[rows], floor)]
     return rows, np.ones(len(rows), np.float32)
+
+def _above(x, least): return (x > least) | (least <= -1) # a critic that regresses may be below -1
 
 # %% ../nbs/51_extraction.ipynb #51-014
 def most_proposed(
@@ -78,6 +82,7 @@ def sft(
     rows = np.flatnonzero(scores.recorded & scores.valid)
     return rows, np.ones(len(rows), np.float32)
 
+# %% ../nbs/51_extraction.ipynb #51-017a
 def filtered_bc(
     scores:Scores # a table
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
@@ -95,6 +100,7 @@ def awr(
     rows = sft(scores)[0]
     return rows, np.exp(np.minimum((scores.q[rows] - scores.v[rows])/beta, np.log(most))).astype(np.float32)
 
+# %% ../nbs/51_extraction.ipynb #51-020a
 def reinforce(
     scores:Scores, # a table
     scale:float=5. # factor of the advantage
@@ -108,9 +114,9 @@ def reinforce(
 class ExtractionConfig:
     "From scores to weights"
     method: str = "best_of_n"  # best_of_n, paper, awr, reinforce, sft, filtered_bc or most_proposed
-    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 for none, 0 is the paper's rule
-    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 is the paper's rule
-    support: float = 0.        # Best-of-N and re-ranking: power of the number of proposals, tau; 0 is the paper's rule
+    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 or less for none
+    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 or less for none
+    support: float = 0.        # Best-of-N and re-ranking: power of the number of proposals, kappa
     epsilon: float = 0.        # the paper's rule: smallest advantage worth learning from
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
@@ -119,10 +125,14 @@ class ExtractionConfig:
 def weights(
     scores:Scores, # a table
     cfg:ExtractionConfig # the rule and its settings
-) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; rows of weight 0 are left out
+) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; none is 0
     "What to imitate, and how much. Raises `ConfigError` for a method that does not exist."
-    rules = dict(best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor), paper=lambda: best_of_n(scores, cfg.epsilon), awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
+    rules = dict(
+        best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor),
+        paper=lambda: best_of_n(scores, cfg.epsilon),
+        awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
         sft=lambda: sft(scores), filtered_bc=lambda: filtered_bc(scores), most_proposed=lambda: most_proposed(scores))
-    if cfg.method not in rules: raise ConfigError(f"extraction.method is {cfg.method!r}: choose one of {', '.join(rules)}")
+    if cfg.method not in rules:
+        raise ConfigError(f"extraction.method is {cfg.method!r}: choose one of {', '.join(rules)}")
     rows, w = rules[cfg.method]()
     return rows[w != 0], w[w != 0]

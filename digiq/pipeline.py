@@ -6,8 +6,8 @@
 __all__ = ['PHONE', 'STAGES', 'CALLS', 'RULES', 'CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'parameter',
            'words', 'from_nbs', 'preset_path', 'overlay', 'load_preset', 'given', 'judge_settings', 'device_settings',
            'is_sequential', 'one_temperature', 'made_from', 'lineage', 'Experiment', 'fingerprint', 'played_on',
-           'open_run', 'readable', 'Nothing', 'read_scores', 'returns', 'relative', 'free_spot', 'draw_candidates',
-           'small_picture', 'draw_states', 'vary', 'smooth']
+           'open_run', 'recorded_settings', 'preset_of', 'readable', 'Nothing', 'read_scores', 'returns', 'relative',
+           'free_spot', 'draw_candidates', 'small_picture', 'draw_states', 'vary', 'smooth']
 
 # %% ../nbs/65_pipeline.ipynb #65-002
 import filecmp, hashlib, json, os, platform, re, shutil, tempfile, textwrap
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from . import __file__ as package, __version__
 from . import ceilings, evaluation, extraction, finetuning, proposals, rollout, tasks, training
 from .actions import in_words, is_valid, parse
-from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, read_text, to_dict, write_json
+from .core import ConfigError, DataError, DigiqError, Log, Run, atomic, derive_seed, from_dict, progress, read_json, read_log, read_text, threads, to_dict, write_json
 from .critic import Critic, CriticConfig
 from .data import Embeddings, EpisodeStore, Proposals
 from .devices.pool import DeviceSettings, open_devices
@@ -119,6 +119,8 @@ class Preset:
             value = self
             for part in name.split("."): value = getattr(value, part)
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
+        for name in ("critic", "actor"):
+            if getattr(self, name).reference: raise ConfigError(f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
 
 # %% ../nbs/65_pipeline.ipynb #65-007b
 def parameter(
@@ -233,6 +235,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "representation": (("episodes",), ("representation",)),
     "embeddings": (("proposals", "representation"), ("embedding",)),
     "critic": (("embeddings",), ("critic",)),
+    "critic_without_representation": (("embeddings",), ("critic",)),
     "scores": (("critic",), ()),
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
@@ -247,12 +250,12 @@ RULES = {"digiq": None, "digiq_paper": "paper", **{m: m for m in ("filtered_bc",
 def made_from(
     stage:str, # name of a stage
 ) -> tuple[tuple, tuple]: # the stages it is made from, and the settings of its own
-    "What goes into a stage."
+    "What goes into a stage. Raises `DigiqError` for one that does not exist."
     if stage in STAGES: return STAGES[stage]
     if stage in RULES: return STAGES["policy"]
     if stage in ceilings.LABELS: return ("truths",), ("actor",)
     family, _, agent = stage.partition("/")
-    if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"): return STAGES["critic" if stage.startswith("critic") else "check"]
+    if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"): raise DigiqError(f"there is no stage {stage!r}: choose one of {', '.join((*STAGES, *RULES, *ceilings.LABELS))}")
     agent = agent.partition("/")[0].removesuffix("_at_collection")
     plain = agent.removesuffix("_rerank")
     needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
@@ -277,15 +280,15 @@ class Experiment(Run):
         try: super().__init__(path)
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
-        torch.set_num_threads(preset.threads)
         transformers.utils.logging.disable_progress_bar() # of loading weights
 
     @property
     def workers(self): return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
 
+    @contextmanager
     def stage(self, name, config):
-        "As `Run.stage`, with the settings of everything that goes into the stage."
-        return super().stage(name, dict(config, preset=self.settings(name)))
+        "As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number of threads."
+        with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads): yield stage
 
 # %% ../nbs/65_pipeline.ipynb #65-027
 def fingerprint(
@@ -322,6 +325,37 @@ def open_run(
 ) -> Experiment:
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), parameter(seed, int, "seed"))
+
+# %% ../nbs/65_pipeline.ipynb #65-030b
+def recorded_settings(
+    path:Path, # a run directory
+    default:Preset=Preset(), # for what no stage recorded
+) -> tuple[Preset, int]: # settings, and the seed
+    "What a run was made with, as its stages recorded it."
+    found, seed = {}, 0
+    for f in sorted((path/"stages").rglob("*.json")):
+        settings = dict(read_json(f)["config"].get("preset") or {})
+        seed = settings.pop("seed", seed)
+        found = overlay(found, settings)
+    found = {k: v for k, v in _without_digests(found).items() if k in Preset.__dataclass_fields__}
+    return from_dict(Preset, overlay(to_dict(default), found)), seed
+
+def _without_digests(x): # the settings as they were given: `fingerprint` has put digests behind names
+    if isinstance(x, dict): return {k: _without_digests(v) for k, v in x.items()}
+    return re.sub(r" \([0-9a-f]{8}\)$", "", x) if isinstance(x, str) else x
+
+# %% ../nbs/65_pipeline.ipynb #65-030c
+def preset_of(
+    run_dir:str|Path, # as for `open_run`
+    preset:str|Path="tiny", # for what no stage of the run recorded, for its phones and its evaluation
+    **overrides, # as for `load_preset`
+) -> Preset:
+    "The preset to evaluate a run with: what it was made with, as far as it has been made."
+    path, given = from_nbs(run_dir), load_preset(preset)
+    found, _ = recorded_settings(path, given)
+    name = read_json(path/"metrics.json").get("preset", given.name) if (path/"metrics.json").exists() else given.name
+    found = replace(found, name=name, devices=given.devices, evaluation=given.evaluation)
+    return from_dict(Preset, overlay(to_dict(found), overrides))
 
 # %% ../nbs/65_pipeline.ipynb #65-032
 @patch
@@ -512,7 +546,7 @@ def checkpoint(self:Experiment,
     missing = not path.exists()
     team.wait() # all have looked
     if team.place: # help the first process, which writes
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, threads(self.preset.threads):
             if missing: make(Path(folder)/name)
         team.wait()
         return read_json(path/"report.json")

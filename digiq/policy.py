@@ -33,7 +33,7 @@ from .foreign import check_folder
 class AutoUIConfig(T5Config):
     "T5's configuration and the width of the image features"
     image_dim: int = 1408 # width of the image features
-    separate_head: bool = False # the output layer has weights of its own; so where `tie_word_embeddings` is False, as published
+    separate_head: bool = False # the output layer has weights of its own: `tie_word_embeddings` is False, as published
 
     def __post_init__(self, **kwargs): # T5Config forgets that the published model is not tied
         self.separate_head = self.separate_head or kwargs.get("tie_word_embeddings") is False
@@ -45,12 +45,14 @@ def image_width(
     default:int, # where there is none
 ) -> int: # width of the image features
     "How wide the image features are that saved weights expect. A pickle is read without running anything that is in it"
-    if (folder/"model.safetensors").exists():
-        with safe_open(folder/"model.safetensors", "pt") as f: return f.get_slice("image_dense.weight").get_shape()[1] if "image_dense.weight" in f.keys() else default
-    if not (folder/"pytorch_model.bin").exists(): return default
-    try: weights = torch.load(folder/"pytorch_model.bin", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: raise DataError(f"{folder/'pytorch_model.bin'} asks for more than weights, and is refused: nothing in it was run") from None
-    return weights["image_dense.weight"].shape[1] if "image_dense.weight" in weights else default
+    name, tensors, pickled = "image_dense.weight", folder/"model.safetensors", folder/"pytorch_model.bin"
+    if tensors.exists():
+        with safe_open(tensors, "pt") as f: return f.get_slice(name).get_shape()[1] if name in f.keys() else default
+    if not pickled.exists(): return default
+    try: weights = torch.load(pickled, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DataError(f"{pickled} asks for more than weights, and is refused: nothing in it was run") from None
+    return weights[name].shape[1] if name in weights else default
 
 # %% ../nbs/40_policy.ipynb #40-007
 class AutoUI(T5ForConditionalGeneration):
@@ -60,7 +62,8 @@ class AutoUI(T5ForConditionalGeneration):
     def __init__(self,
         config:AutoUIConfig # T5's fields and `image_dim`
     ):
-        if config.separate_head: self._tied_weights_keys = {k: v for k, v in type(self)._tied_weights_keys.items() if k != "lm_head.weight"}
+        if config.separate_head:
+            self._tied_weights_keys = {k: v for k, v in self._tied_weights_keys.items() if k != "lm_head.weight"}
         super().__init__(config)
         d = config.d_model
         self.image_dense = nn.Linear(config.image_dim, d)
@@ -69,18 +72,20 @@ class AutoUI(T5ForConditionalGeneration):
         self.post_init()
 
     def _init_weights(self, module): # T5's rule would start the three new layers with weights of size one
-        if any(module is own for name, own in self.named_modules() if name in ("image_dense", "mha_layer.out_proj", "gate_dense")):
+        new = "image_dense", "mha_layer.out_proj", "gate_dense"
+        if any(module is own for name, own in self.named_modules() if name in new):
             init.normal_(module.weight, std=module.in_features**-.5); init.zeros_(module.bias)
         else: super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
-        "As in `transformers`; where the configuration does not say how wide image features are, as in the published one, the weights do"
+        "As in `transformers`. Where the configuration lacks the width of image features, as published, the weights tell"
         folder = Path(path)
         check_folder(folder)
         if "config" not in kwargs and (folder/"config.json").exists():
             kwargs["config"] = AutoUIConfig.from_pretrained(path)
-            if "image_dim" not in read_json(folder/"config.json"): kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
+            if "image_dim" not in read_json(folder/"config.json"):
+                kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
         return super().from_pretrained(path, *args, **kwargs)
 
 # %% ../nbs/40_policy.ipynb #40-008b
@@ -124,7 +129,8 @@ def forward(self:AutoUI,
 ) -> Seq2SeqLMOutput: # `loss` (with labels) and `logits` float [batch, answer, vocabulary]
     "T5's forward pass on the mixed states"
     if encoder_outputs is None: encoder_outputs = self.encode(input_ids, attention_mask, image_features)
-    return T5ForConditionalGeneration.forward(self, encoder_outputs=encoder_outputs, attention_mask=attention_mask, labels=labels, **kwargs)
+    known = dict(encoder_outputs=encoder_outputs, attention_mask=attention_mask)
+    return T5ForConditionalGeneration.forward(self, **known, labels=labels, **kwargs)
 
 # %% ../nbs/40_policy.ipynb #40-012
 @patch
@@ -136,8 +142,8 @@ def generate(self:AutoUI,
     **kwargs # `transformers`' generation options
 ) -> torch.Tensor: # int64 [batch * num_return_sequences, answer]
     "Write answers, with a key-value cache"
-    encoder_outputs = self.encode(input_ids, attention_mask, image_features)
-    return T5ForConditionalGeneration.generate(self, encoder_outputs=encoder_outputs, attention_mask=attention_mask, **kwargs)
+    known = dict(encoder_outputs=self.encode(input_ids, attention_mask, image_features), attention_mask=attention_mask)
+    return T5ForConditionalGeneration.generate(self, **known, **kwargs)
 
 # %% ../nbs/40_policy.ipynb #40-016
 def positions(
@@ -183,8 +189,10 @@ def pixels(self:ImageEncoder,
     "What the tower takes in"
     size = self.tower.config.image_size
     small = np.stack([np.asarray(s.convert("RGB").resize((size, size), Image.Resampling.BOX)) for s in screens])
-    return torch.from_numpy(((small/255 - self.processor.image_mean)/self.processor.image_std).astype(np.float32)).permute(0, 3, 1, 2)
+    normal = (small/255 - self.processor.image_mean)/self.processor.image_std
+    return torch.from_numpy(normal.astype(np.float32)).permute(0, 3, 1, 2)
 
+# %% ../nbs/40_policy.ipynb #40-019a
 @patch
 @torch.no_grad()
 def compute(self:ImageEncoder,
@@ -204,7 +212,9 @@ def __call__(self:ImageEncoder,
     keys = [hash(s.tobytes()) for s in screens]
     new = {k: s for k, s in zip(keys, screens) if k not in self.known}
     todo = list(new)
-    for i in range(0, len(todo), batch): self.known.update(zip(todo[i:i+batch], self.compute([new[k] for k in todo[i:i+batch]])))
+    for i in range(0, len(todo), batch):
+        part = todo[i:i+batch]
+        self.known.update(zip(part, self.compute([new[k] for k in part])))
     out = np.stack([self.known[k] for k in keys]) if keys else np.zeros((0, self.side**2, self.dim), np.float16)
     for k in list(self.known)[:-REMEMBERED]: del self.known[k]
     return out
@@ -222,19 +232,6 @@ class PooledImages(ImageEncoder):
         self.tower, self.processor, self.device = tower.eval().requires_grad_(False).to(device), processor, device
         self.side, self.dim, self.known = 1, tower.config.hidden_size, {}
 
-    @classmethod
-    def from_pretrained(cls,
-        path:str, # directory or hub name of a BLIP-2
-        device:str="cpu" # where to run it
-    ) -> "PooledImages":
-        "The vision model of a BLIP-2, without the rest in memory"
-        from transformers import AutoImageProcessor, Blip2Config, Blip2VisionModel
-        known = logging.get_verbosity()
-        logging.set_verbosity_error() # all weights but the vision model's are left over
-        try: tower = Blip2VisionModel.from_pretrained(path, config=Blip2Config.from_pretrained(path).vision_config, key_mapping={r"^vision_model\.": ""}, dtype=torch.float32)
-        finally: logging.set_verbosity(known)
-        return cls(tower, AutoImageProcessor.from_pretrained(path), device)
-
     @torch.no_grad()
     def compute(self,
         screens:Sequence[Image.Image] # pictures of any size
@@ -243,9 +240,24 @@ class PooledImages(ImageEncoder):
         x = self.processor(images=[s.convert("RGB") for s in screens], return_tensors="pt")["pixel_values"]
         return self.tower(pixel_values=x.to(self.device)).pooler_output[:, None].cpu().numpy()
 
+# %% ../nbs/40_policy.ipynb #40-022a
+@patch(cls_method=True)
+def from_pretrained(cls:PooledImages,
+    path:str, # directory or hub name of a BLIP-2
+    device:str="cpu" # where to run it
+) -> PooledImages:
+    "The vision model of a BLIP-2, without the rest in memory"
+    from transformers import AutoImageProcessor, Blip2Config, Blip2VisionModel
+    config, verbosity = Blip2Config.from_pretrained(path).vision_config, logging.get_verbosity()
+    logging.set_verbosity_error() # all weights but the vision model's are left over
+    prefix = {r"^vision_model\.": ""}
+    try: tower = Blip2VisionModel.from_pretrained(path, config=config, key_mapping=prefix, dtype=torch.float32)
+    finally: logging.set_verbosity(verbosity)
+    return cls(tower, AutoImageProcessor.from_pretrained(path), device)
+
 # %% ../nbs/40_policy.ipynb #40-026
 class Policy:
-    "An Auto-UI with its tokenizer and its eyes"
+    "An Auto-UI with its tokenizer and its vision encoder"
     def __init__(self,
         model:AutoUI, # the network
         tokenizer, # a `transformers` tokenizer
@@ -254,7 +266,8 @@ class Policy:
         max_new_tokens:int=None # tokens of an answer; None is what the model's generation settings say, or 128
     ):
         self.model, self.tokenizer, self.eyes = model, tokenizer, eyes
-        self.max_length, self.max_new_tokens = max_length, max_new_tokens or model.generation_config.max_new_tokens or 128
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or 128
 
     @property
     def device(self): return self.model.device
@@ -263,7 +276,8 @@ class Policy:
 @patch
 def _pad(self:Policy, rows, left, value): # lists of token ids to int64 [batch, longest]
     n = max(map(len, rows))
-    return torch.tensor([[value]*(n - len(r)) + r if left else r + [value]*(n - len(r)) for r in rows], device=self.device)
+    filled = lambda r, more: more + r if left else r + more
+    return torch.tensor([filled(r, [value]*(n - len(r))) for r in rows], device=self.device)
 
 # %% ../nbs/40_policy.ipynb #40-028
 @patch
@@ -278,6 +292,7 @@ def encode_prompts(self:Policy,
     ids = self._pad([(i + t)[-self.max_length:] for i, t in zip(ids, tail)], False, self.tokenizer.pad_token_id)
     return ids, (ids != self.tokenizer.pad_token_id).long()
 
+# %% ../nbs/40_policy.ipynb #40-028a
 @patch
 def encode_answers(self:Policy,
     actions:Sequence[str] # action strings
@@ -296,10 +311,12 @@ def sample(self:Policy,
     temperature:float=1.0 # 0 is greedy (then n must be 1)
 ) -> list[list[str]]: # n action strings a prompt
     "Answers to prompts whose image features are known"
-    if temperature == 0 and n > 1: raise DataError("temperature 0 gives one answer a state: pass n=1 or a temperature above 0")
+    if temperature == 0 and n > 1:
+        raise DataError("temperature 0 gives one answer a state: pass n=1 or a temperature above 0")
     ids, mask = self.encode_prompts(prompts)
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=n) if temperature else dict(do_sample=False)
-    out = self.model.generate(ids, mask, torch.as_tensor(features, device=self.device), max_new_tokens=self.max_new_tokens, **how)
+    drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=n)
+    how = dict(drawn if temperature else dict(do_sample=False), max_new_tokens=self.max_new_tokens)
+    out = self.model.generate(ids, mask, torch.as_tensor(features, device=self.device), **how)
     texts = self.tokenizer.batch_decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [texts[i:i+n] for i in range(0, len(texts), n)]
 
@@ -322,14 +339,15 @@ def log_prob(self:Policy,
     prompts:Sequence[str], # policy inputs
     features, # float [batch, patches, dim] or [batch, dim]
     actions:Sequence[str], # one action string a prompt
-    between:tuple[float, float]=(0., 1.) # probabilities of tokens are held between these, and have no gradient beyond; the published code has (0.001, 0.99)
+    between:tuple[float, float]=(0., 1.) # to which tokens' probabilities are clamped; published: (0.001, 0.99)
 ) -> torch.Tensor: # float32 [batch], log-probability of the whole string
-    "log pi(action | state), with gradients. Prompts that are alike are encoded once."
+    "log pi(action | state), with gradients. Equal prompts are encoded once."
     texts, which = distinct(prompts)
     (ids, mask), which = self.encode_prompts(texts), torch.tensor(which, device=self.device)
     labels = self.encode_answers(actions)
     mixed = self.model.encode(ids, mask, torch.as_tensor(features, device=self.device), which)
-    logits = self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=self.model._shift_right(labels)).logits
+    before = self.model._shift_right(labels)
+    logits = self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=before).logits
     token = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
     if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
     return token.sum(1)
@@ -338,11 +356,14 @@ def log_prob(self:Policy,
 def load_tokenizer(
     path:str|Path, # directory or hub name
 ): # a `transformers` tokenizer
-    "A saved tokenizer. Raises `DigiqError` where a package is missing, `DataError` where text stands in the place of a binary."
+    "A saved tokenizer. Raises `DigiqError` where a package is missing, `DataError` where a binary file is text."
     check_folder(path)
     pieces = [f for f in Path(path).glob("*.model") if not (Path(path)/"tokenizer.json").exists()]
-    lacking = [package for package, name in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if pieces and not _installed(name)]
-    if lacking: raise DigiqError(f"{path} has its tokenizer in {pieces[0].name} only, which needs sentencepiece and protobuf: pip install {' '.join(lacking)}")
+    needed = dict(sentencepiece="sentencepiece", protobuf="google.protobuf") # package: what is imported
+    lacking = [package for package, name in needed.items() if pieces and not _installed(name)]
+    if lacking:
+        raise DigiqError(f"{path} has its tokenizer in {pieces[0].name} only, which needs sentencepiece and protobuf: "
+                         f"pip install {' '.join(lacking)}")
     return AutoTokenizer.from_pretrained(path)
 
 def _installed(name):
@@ -402,8 +423,13 @@ def tiny_tokenizer(
     from transformers import PreTrainedTokenizerFast
     grammar = grammar_tokens()
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "merged_with_previous"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(" ", "merged_with_previous"), pre_tokenizers.Punctuation(),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(grammar), special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(grammar), special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.add_tokens([AddedToken(t, normalized=False, special=False) for t in grammar])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **special, clean_up_tokenization_spaces=False)

@@ -75,7 +75,7 @@ def fill(
 def _moved(weight, d): # columns of a first layer: goal to the front
     return torch.cat([weight[:, 2*d:3*d], weight[:, :2*d], weight[:, 3*d:]], 1)
 
-def _heads(weights, kind, d): # weights of both heads, in the form of `digiq.critic.Heads`
+def _heads(weights, kind, d): # weights of both heads, in the form of `digiq.networks.Heads`
     keys = sorted({int(k.split(".")[1]) for k in weights if k.startswith(f"{kind}_critic1.")})
     layer = lambda head, k: weights[f"{kind}_critic{head}.{k}.weight"]
     out = {f"{kind}_heads.weight.{i}": torch.stack([(_moved(layer(head, k), d) if i == 0 else layer(head, k)).T for head in (1, 2)]) for i, k in enumerate(keys)}

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .actions import ActionError, parse
+from .actions import ActionError, parse, parse_decision
 from .critic import Critic
 from .extraction import supported
 from .policy import ImageEncoder, Policy
@@ -36,10 +36,26 @@ def kind_and_text(
 ) -> tuple[str, str]: # kind and typed text
     "What the critic reads of a previous action"
     if not decision: return "", ""
-    action = parse(f"Action Plan: [{decision.split(chr(34))[3]}] ; Action Decision: {decision}")
+    action = parse_decision(decision)
     return action.kind, action.text
 
 # %% ../nbs/53_scoring.ipynb #53-006
+@patch
+def _states(self:Scorer, texts, goals, histories, screens, before): # what the critic reads of states, as tensors
+    shot, n = cells(self.eyes([*screens, *before]), self.critic.cfg.screen_cells), len(goals)
+    goal = [texts(g) for g in goals]
+    kind, text = zip(*[(texts(kind), texts(text)) for kind, text in map(kind_and_text, histories)])
+    screens = np.concatenate([shot[n:], shot[:n]], 1)
+    return self._tensors(goal=goal, previous_kind=kind, previous_text=text, screens=screens)
+
+@patch
+def _tensors(self:Scorer, **arrays): return {k: torch.as_tensor(np.asarray(x), device=self.device) for k, x in arrays.items()}
+
+def _valid(action):
+    try: return parse(action)
+    except ActionError: return None
+
+# %% ../nbs/53_scoring.ipynb #53-006a
 @patch
 @torch.no_grad()
 def heads(self:Scorer,
@@ -48,30 +64,22 @@ def heads(self:Scorer,
     screens:Sequence[Image.Image], # what the phones show
     before:Sequence[Image.Image], # what they showed one step earlier (the same at the start)
     candidates:Sequence[Sequence[str]] # action strings to score, a list a state
-) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [heads, candidates] a state, and V, float32 [heads, states]
+) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [heads, candidates] for each state, and V, float32 [heads, states]
     "What each head of the critic says of candidate actions in states"
-    texts, n = Texts(), len(goals)
-    shot = cells(self.eyes([*screens, *before]), self.critic.cfg.screen_cells)
-    state = dict(goal=[texts(g) for g in goals], previous_kind=[], previous_text=[])
-    for kind, text in map(kind_and_text, histories): state["previous_kind"].append(texts(kind)); state["previous_text"].append(texts(text))
-    pairs = [(i, a, parsed) for i, names in enumerate(candidates) for a in dict.fromkeys(names) if (parsed := _valid(a))]
-    kinds, typed = [texts(p.kind) for *_, p in pairs], [texts(p.text) for *_, p in pairs]
-    tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)
-    batch = dict({k: tensor(v) for k, v in state.items()}, screens=tensor(np.concatenate([shot[n:], shot[:n]], 1)))
-    self.critic.texts = texts.tokens(self.tokenizer, self.critic.cfg.pretrained_text).to(self.device)
-    v = self.critic.value(self.critic.v(batch)).cpu().numpy()
-    known = {}
+    texts, critic = Texts(), self.critic
+    states = self._states(texts, goals, histories, screens, before)
+    pairs = [(i, a) for i, names in enumerate(candidates) for a in dict.fromkeys(names) if _valid(a)]
+    actions = [parse(a) for _, a in pairs]
+    kind, text = [texts(a.kind) for a in actions], [texts(a.text) for a in actions]
+    critic.texts = texts.tokens(self.tokenizer, critic.cfg.pretrained_text).to(self.device)
+    v, q = critic.value(critic.v(states)).cpu().numpy(), {}
     if pairs:
-        at = tensor([i for i, *_ in pairs])
-        rep = tensor(self.embedder.embed([(screens[i], a) for i, a, _ in pairs]))
-        q = self.critic.value(self.critic.q(dict({k: x[at] for k, x in batch.items()}, kind=tensor(kinds), text=tensor(typed), rep=rep))).cpu().numpy()
-        known = {(i, a): value for (i, a, _), value in zip(pairs, q.T)}
-    no = np.full(len(v), -np.inf)
-    return [np.array([known.get((i, a), no) for a in names], np.float32).reshape(-1, len(v)).T for i, names in enumerate(candidates)], v
-
-def _valid(action):
-    try: return parse(action)
-    except ActionError: return None
+        at, rep = [i for i, _ in pairs], self.embedder.embed([(screens[i], a) for i, a in pairs])
+        batch = {k: x[at] for k, x in states.items()} | self._tensors(kind=kind, text=text, rep=rep)
+        q = dict(zip(pairs, critic.value(critic.q(batch)).cpu().numpy().T))
+    none = np.full(len(v), -np.inf)
+    return [np.array([q.get((i, a), none) for a in names], np.float32).reshape(-1, len(v)).T
+            for i, names in enumerate(candidates)], v
 
 # %% ../nbs/53_scoring.ipynb #53-007
 @patch
@@ -81,7 +89,7 @@ def __call__(self:Scorer,
     screens:Sequence[Image.Image], # what the phones show
     before:Sequence[Image.Image], # what they showed one step earlier (the same at the start)
     candidates:Sequence[Sequence[str]] # action strings to score, a list a state
-) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [candidates] a state, and V, float32 [states]
+) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [candidates] for each state, and V, float32 [states]
     "Values of candidate actions in states: the heads combined as the critic was trained to"
     q, v = self.heads(goals, histories, screens, before, candidates)
     combine = getattr(np, self.critic.cfg.aggregate) # min, mean or max
@@ -108,5 +116,6 @@ class Reranker:
         "The best of n samples by Q; the policy's first sample where none is valid"
         names = self.policy.act(goals, histories, screens, before, self.n, temperature)
         q, _ = self.scorer(goals, histories, screens, before, names)
-        worth = [supported(values, np.array([some.count(a) for a in some]), self.support) for some, values in zip(names, q)]
+        counts = [np.array([some.count(a) for a in some]) for some in names]
+        worth = [supported(values, count, self.support) for values, count in zip(q, counts)]
         return [[some[int(np.argmax(w))]] for some, w in zip(names, worth)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from digiq.core import DataError, DigiqError, Run, one_thread, share
+from digiq.core import DataError, DigiqError, Run, share, threads
 from digiq.data import Shards
 from digiq.env import DeviceEnv, ScriptedDevice
 from digiq.rollout import Rollout, collect
@@ -92,8 +92,8 @@ def test_workers_end_with_their_parent(tmp_path, sent):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_one_thread_is_given_back():
+def test_threads_are_given_back():
     before = torch.get_num_threads()
     with pytest.raises(KeyError):
-        with one_thread(): raise KeyError
+        with threads(1): raise KeyError
     assert torch.get_num_threads() == before

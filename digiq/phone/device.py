@@ -31,6 +31,7 @@ class SimPhone:
         disturbance:float=1.0,           # scales every rate of `dynamics`; 0 for a phone on which nothing goes wrong
         dynamics:Dynamics=Dynamics(),    # the rates
     ):
+        ui.keep_blocks()
         self.scale, self.seed, self.dynamics = scale, seed, dynamics.at(disturbance)
         self.size = (round(ui.SIZE[0] * scale), round(ui.SIZE[1] * scale))
         self.screens, self.pictures = {}, {} # built so far, shared by all copies

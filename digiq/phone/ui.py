@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'INK', 'MUTED', 'LINE', 'PAPER', 'SURFACE', 'WHITE', 'BLUE', 'RED', 'GREEN', 'AMBER', 'KINDS', 'node', 'ICONS',
-           'OUTLINES', 'KEYBOARD', 'rgb', 'mix', 'on_color', 'Node', 'row', 'column', 'stack', 'scroll', 'text',
-           'spacer', 'divider', 'skeleton', 'spinner', 'scrim', 'picture', 'font', 'text_width', 'wrap', 'measure',
-           'arrange', 'Placed', 'layout', 'hit', 'scroll_at', 'Element', 'words', 'elements', 'find', 'dump', 'paint',
-           'icon', 'button', 'icon_button', 'field', 'badge', 'chip', 'stars', 'app_icon', 'close_x', 'dialog', 'sheet',
-           'keyboard', 'status_bar', 'screen', 'overlay']
+           'OUTLINES', 'KEYBOARD', 'keep_blocks', 'rgb', 'mix', 'on_color', 'Node', 'row', 'column', 'stack', 'scroll',
+           'text', 'spacer', 'divider', 'skeleton', 'spinner', 'scrim', 'picture', 'font', 'text_width', 'wrap',
+           'measure', 'arrange', 'Placed', 'layout', 'hit', 'scroll_at', 'Element', 'words', 'elements', 'find', 'dump',
+           'paint', 'icon', 'button', 'icon_button', 'field', 'badge', 'chip', 'stars', 'app_icon', 'close_x', 'dialog',
+           'sheet', 'keyboard', 'status_bar', 'screen', 'overlay']
 
 # %% ../../nbs/10_phone.ui.ipynb #10-002
 import random
@@ -20,7 +20,10 @@ from typing import NamedTuple
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # %% ../../nbs/10_phone.ui.ipynb #10-006
-Image.core.set_blocks_max(32)
+def keep_blocks():
+    "Let Pillow keep the memory of dropped pictures for the next ones, in this process."
+    Image.core.set_blocks_max(max(32, Image.core.get_blocks_max()))
+
 SIZE = (1080, 2400)
 INK, MUTED, LINE, PAPER, SURFACE, WHITE = "#1f1f1f", "#5f6368", "#dadce0", "#ffffff", "#eef1f6", "#ffffff"
 BLUE, RED, GREEN, AMBER = "#0b57d0", "#c5221f", "#188038", "#ff9500"

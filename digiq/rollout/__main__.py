@@ -9,7 +9,7 @@ __all__ = ['parser', 'main', 'terminate']
 import argparse, signal
 
 from ..core import DigiqError
-from ..pipeline import device_settings, is_sequential, load_preset, one_temperature, open_run
+from ..pipeline import device_settings, is_sequential, load_preset, one_temperature, open_run, preset_of
 
 # %% ../../nbs/67_rollout.__main__.ipynb #67-005
 def parser(): # of the command line
@@ -44,8 +44,12 @@ def main(
     a = p.parse_args(words)
     try:
         devices = device_settings(a.device, a.serials, a.avd, a.emulators, a.judge, a.judge_url, a.judge_key, a.judge_examples)
-        own = dict(collection=dict(episodes=a.episodes, temperature=a.temperature)) if a.what == "collect" else dict(evaluation=dict(split=a.split, episodes=a.episodes, temperatures=one_temperature(a.temperature)))
-        lab = open_run(a.run_dir, load_preset(a.preset, task_set=a.task_set, devices=devices, **own), a.seed)
+        same = dict(task_set=a.task_set, devices=devices)
+        collection = dict(episodes=a.episodes, temperature=a.temperature)
+        held_out = dict(split=a.split, episodes=a.episodes, temperatures=one_temperature(a.temperature))
+        if a.what == "collect": preset = load_preset(a.preset, **same, collection=collection)
+        else: preset = preset_of(a.run_dir, a.preset, **same, evaluation=held_out)
+        lab = open_run(a.run_dir, preset, a.seed)
         if a.what == "collect": print(lab.collect(a.split or "train", is_sequential(a.order), a.repeats).round(1).to_string())
         else:
             for agent in a.agents: lab.evaluate(agent, is_sequential(a.order), a.repeats)
