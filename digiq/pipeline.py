@@ -40,6 +40,7 @@ from .embed.vllm import VLLMEmbedder, export
 from .env import DeviceEnv
 from .extraction import ExtractionConfig, Scores
 from .fleet import collect_fleet
+from .foreign import disguise
 from .judges import Judge, JudgeSettings, confusion, kappa
 from .phone import SimPhone
 from .policy import ImageEncoder, Policy
@@ -178,7 +179,10 @@ def load_preset(
     path = preset_path(name)
     try: found = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
-    preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
+    if not isinstance(found, dict):
+        why = disguise(path)
+        raise ConfigError(f"{path} is {why}" if "pointer" in why or "page" in why else f"{path} holds no settings by name: write them like `horizon: 20`")
+    preset = from_dict(Preset, {"name": path.stem} | found, path.name)
     return from_dict(Preset, overlay(old := to_dict(preset), _typed(old, overrides)))
 
 # %% ../nbs/65_pipeline.ipynb #65-012
