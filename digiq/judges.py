@@ -97,8 +97,9 @@ def _verdict(found): # None where an object is none
 QUOTED = re.compile(r'\{\s*"reasoning"\s*:\s*"((?:(?!"(?:reasoning|success)").)*)"\s*,\s*"success"\s*:\s*(true|false)\s*}', re.DOTALL | re.IGNORECASE)
 
 def _loose(text): # an object in JSON with a comma or quotation marks too many, or in Python
-    try: return json.loads(re.sub(r",\s*}$", "}", text), strict=False)
-    except ValueError: pass
+    for said in (text, re.sub("[“”„]", '"', text)):
+        try: return json.loads(re.sub(r",\s*}$", "}", said), strict=False)
+        except ValueError: pass
     if found := QUOTED.fullmatch(text): return dict(reasoning=found[1], success=found[2])
     return ast.literal_eval(re.sub(r":\s*(true|false)(?=\s*[,}])", lambda m: f": {m[1].title()}", text))
 
