@@ -41,7 +41,8 @@ class Pictures:
         except (OSError, zipfile.BadZipFile) as e:
             if self.path.is_file() and (found := disguise(self.path)): raise DataError(f"{path} is {found}") from None
             raise DataError(f"there are no pictures at {path}: give a directory, or the published zip archive ({e})") from None
-        for n in names: self.known.setdefault(_short(self.name(n)), []).append(n)
+        for n in names:
+            if "__MACOSX" not in _parts(self.name(n)): self.known.setdefault(_short(self.name(n)), []).append(n) # what macOS adds to archives
         if not self.known: raise DataError(f"{path} holds no files: give the directory or archive of the pictures")
 
     def name(self, where): return where.filename if self.zip else str(where)
@@ -128,8 +129,7 @@ def screens_of(
     "Which picture each step shows."
     paths = [s.get("image_path") for s in steps]
     if form != "collected": return [*paths, steps[-1].get("next_image_path")]
-    before, _, after = _numbered(paths[0])
-    return [f"{before}0{after}", *paths]
+    return [re.sub(r"\d+(?=\.\w+$)", lambda m: "0".zfill(len(m[0])), paths[0]), *paths]
 
 # %% ../nbs/31a_conversion.ipynb #31a-011
 @dataclass

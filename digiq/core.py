@@ -38,7 +38,9 @@ class DataError(DigiqError):
 def _type_name(tp): return getattr(tp, "__name__", str(tp)).replace("typing.", "")
 
 def _wrong(value, tp, where):
-    return ConfigError(f"{where or 'value'} must be {_type_name(tp)}, not {value!r}")
+    kind, hint = _type_name(tp), ": put it in quotation marks" if tp is str and isinstance(value, (bool, int, float)) else ""
+    if get_origin(tp) in (list, tuple): kind = "a list in brackets" if get_args(tp)[-1] is Ellipsis or get_origin(tp) is list else f"a list of {len(get_args(tp))}"
+    return ConfigError(f"{where or 'value'} must be {kind}, not {value!r}{hint}")
 
 # %% ../nbs/00_core.ipynb #00-010a
 LIMITS = {name: (least, most) for least, most, names in (

@@ -22,6 +22,7 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig
 
 from .core import ConfigError, atomic, from_dict, read_json, to_dict, write_json
+from .foreign import check_folder
 from .networks import BagEncoder, Heads, PooledEncoder
 
 # %% ../nbs/50_critic.ipynb #50-005
@@ -362,8 +363,9 @@ def load(cls:Critic,
     path, # directory that `save` wrote
     texts:torch.Tensor # table of token ids, int64 [strings, length]
 ) -> Critic: # in evaluation mode
-    "A saved critic"
+    "A saved critic. Raises `DataError` where git-lfs left a pointer."
     path = Path(path)
+    check_folder(path)
     c = read_json(path/"config.json")
     cfg = from_dict(CriticConfig, c["critic"], "critic")
     encoder = AutoConfig.from_pretrained(path/"text_encoder") if cfg.pretrained_text else None

@@ -18,7 +18,8 @@ from PIL import Image
 from .core import DataError
 
 # %% ../nbs/00a_foreign.ipynb #00a-005
-WORDS = "message", "detail", "msg", "error_description", "error", "errors", "description", "reason", "title", "details", "fault", "faultstring" # fields in which servers put it, the most telling first
+WORDS = ("message", "detail", "msg", "error_description", "error_message", "error_msg", "status_msg", "error", "errors", "err", "description",
+         "reason", "title", "details", "fault", "faultstring", "base_resp") # fields in which servers put it, in any case, the most telling first
 
 def _parsed(text): # JSON, or the text itself
     try: return json.loads(text) if text.lstrip()[:1] in ("{", "[", '"') else text
@@ -31,6 +32,7 @@ def _words(said):
         return title[1].strip() if title else re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", " ", said, flags=re.I | re.S).strip() if said.lstrip().startswith("<") else said.strip()
     if isinstance(said, list): return "; ".join(filter(None, map(_words, said)))
     if not isinstance(said, dict): return ""
+    said = {str(name).lower(): value for name, value in said.items()}
     found = next(filter(None, (_words(said.get(name)) for name in WORDS)), "")
     if isinstance(where := said.get("loc"), list): found = f"{'.'.join(map(str, where))}: {found}" # of FastAPI: which field
     if isinstance(more := said.get("metadata"), dict) and (raw := _words(more.get("raw"))): found = f"{found}: {raw}" # of OpenRouter: what the server behind it said
@@ -46,9 +48,15 @@ def reason(
 
 # %% ../nbs/00a_foreign.ipynb #00a-008
 def _date(text):
-    try: found = parsedate_to_datetime(text)
-    except (TypeError, ValueError): return None
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+    for read in (parsedate_to_datetime, datetime.fromisoformat):
+        try: found = read(text)
+        except (TypeError, ValueError): continue
+        return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+def _seconds(text): # of 7, 1.5 s, 450ms or 1m26.4s; None where it is none of these
+    text = re.sub(r"\s|econds?", "", text)
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?", f"{text}s" if text[-1:].isdigit() else text)
+    return sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1, .001))) if text and found else None
 
 def pause(
     headers, # of an answer, by name
@@ -57,9 +65,9 @@ def pause(
     "How long a server asks to be left alone."
     said = {k.lower(): v.strip() for k, v in headers.items()}
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else body
-    for found, unit in ((re.fullmatch(r"(\d+(?:\.\d+)?)", said.get("retry-after-ms", "")), .001), (re.fullmatch(r"(\d+(?:\.\d+)?)\s*s?", said.get("retry-after", "")), 1),
-                        (re.search(r'"retryDelay"\s*:\s*"(\d+(?:\.\d+)?)s"', text), 1)):
-        if found: return float(found[1]) * unit
+    told = re.search(r'(?:"retryDelay"\s*:\s*"|\b(?:try again|retry) (?:in|after) )((?:\d+(?:\.\d+)?(?:h|ms|m|s| seconds?))+)', text, re.IGNORECASE)
+    for asked in (said.get("retry-after-ms", "") + "ms", said.get("x-ms-retry-after-ms", "") + "ms", said.get("retry-after", ""), told[1] if told else ""):
+        if (seconds := _seconds(asked)) is not None: return seconds
     until = _date(said.get("retry-after", ""))
     return max(0., (until - (_date(said.get("date", "")) or datetime.now(timezone.utc))).total_seconds()) if until else 0.
 

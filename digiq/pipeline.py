@@ -40,6 +40,7 @@ from .embed.vllm import VLLMEmbedder, export
 from .env import DeviceEnv
 from .extraction import ExtractionConfig, Scores
 from .fleet import collect_fleet
+from .foreign import disguise
 from .judges import Judge, JudgeSettings, confusion, kappa
 from .phone import SimPhone
 from .policy import ImageEncoder, Policy
@@ -167,6 +168,10 @@ def overlay(
     "Replace settings, level by level."
     return old | {k: overlay(old.get(k) or {}, v) if isinstance(v, dict) else v for k, v in new.items() if v is not None}
 
+def _typed(old, new, name=""): # what replaces settings, as text or a number where these are
+    if isinstance(new, dict): return {k: _typed(old.get(k) if isinstance(old, dict) else None, v, k) for k, v in new.items()}
+    return parameter(new, type(old), name) if type(old) in (str, int) and new is not None else new
+
 def load_preset(
     name:str|Path="tiny", # of a preset of the package, or a YAML file
     /,
@@ -176,8 +181,11 @@ def load_preset(
     path = preset_path(name)
     try: found = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
-    preset = from_dict(Preset, {"name": path.stem} | found if isinstance(found, dict) else found, path.name)
-    return from_dict(Preset, overlay(to_dict(preset), overrides))
+    if not isinstance(found, dict):
+        why = disguise(path)
+        raise ConfigError(f"{path} is {why}" if "pointer" in why or "page" in why else f"{path} holds no settings by name: write them like `horizon: 20`")
+    preset = from_dict(Preset, {"name": path.stem} | found, path.name)
+    return from_dict(Preset, overlay(old := to_dict(preset), _typed(old, overrides)))
 
 # %% ../nbs/65_pipeline.ipynb #65-012
 def given(

@@ -148,7 +148,8 @@ def overlap(
     test:list, # of `Task`
 ) -> list: # those of `test` whose goal is also one of `train`, but for spaces, capitals and quotation marks
     "Tasks that are in both splits."
-    same = lambda t: " ".join(unicodedata.normalize("NFKC", t.goal).casefold().translate(MARKS).split())
+    plain = lambda text: unicodedata.normalize("NFKC", text.translate(MARKS)).casefold().translate(MARKS) # NFKC takes ´ apart, and makes one of ＂
+    same = lambda t: " ".join(plain(t.goal).split())
     known = {same(t) for t in train}
     return [t for t in test if same(t) in known]
 

@@ -1,8 +1,9 @@
-"A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves: it may be one of the `Traits`."
-import os, signal, socket, sys, time
+"A program with the command line of Android's emulator and the built-in phone inside; the name of its AVD says how it behaves: it may be some of the `Traits`, with dots between."
+import itertools, os, signal, socket, sys, time
 from pathlib import Path
 words = sys.argv[1:]
-traits = ("displays", "landscape", "no_keyboard", "no_shell_v2", "unauthorised", "offline", "refuses")
+matrix = [".".join(some) for n in range(1, 5) for some in itertools.combinations(("displays", "landscape", "no_keyboard", "no_shell_v2"), n)]
+traits = (*matrix, "unauthorised", "offline", "refuses")
 if words == ["-list-avds"]: sys.exit(print("INFO    | Storing crashdata", "slow", "loop", "crash", "once", "half", "stubborn", *traits, sep="\n"))
 option = dict(zip(words, words[1:]))
 kind, port, mark = option["-avd"], int(option["-port"]), Path(__file__).with_name("mark")
@@ -20,7 +21,7 @@ if kind == "stubborn": signal.signal(signal.SIGTERM, linger)
 from digiq.devices.adbd import Adbd
 from digiq.devices.android import Android, Traits
 from digiq.phone import SimPhone
-android = Android(SimPhone(), f"EMULATOR{port}", traits=Traits(**{kind: ("pm clear",) if kind == "refuses" else True} if kind in traits else {}))
+android = Android(SimPhone(), f"EMULATOR{port}", traits=Traits(**{name: ("pm clear",) if name == "refuses" else True for name in kind.split(".") if kind in traits}))
 android.properties["sys.boot_completed"] = ""
 with socket.create_server(("127.0.0.1", port)), Adbd([android], port=port + 1):
     message = f"host:emulator:{port + 1}".encode()

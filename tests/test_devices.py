@@ -1,7 +1,9 @@
 "Whole stages on phones over adb and on emulators, from Python and from the command line; and a judge that is compared with the truth."
 import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
+from itertools import combinations
 from pathlib import Path
 
 import papermill
@@ -14,9 +16,11 @@ from PIL import Image
 from digiq.core import DigiqError, read_json
 from digiq.data import EpisodeStore, encode_screen
 from digiq.devices import emulator
+from digiq.devices.adb import AdbSettings, Refused
 from digiq.devices.adbd import Adbd, adb_server
 from digiq.devices.android import Android
 from digiq.devices.emulator import Emulators, EmulatorSettings
+from digiq.env import DeviceError, check_device
 from digiq.judges import Judge, JudgeSettings, kappa
 from digiq.phone import SimPhone
 from digiq.pipeline import load_preset, open_run
@@ -85,6 +89,30 @@ def test_evaluates_on_emulators(sdk, tmp_path):
     devices = dict(kind="emulator", adb=dict(settle=0), emulator=dict(avd="slow", count=2, port=5620, stagger=.1))
     ended = open_run(tmp_path/"run", load_preset("smoke", **small, devices=devices)).evaluate("behaviour", repeats=None)
     assert len(ended) == 4
+
+
+@contextmanager
+def started(avd, port, **settings):
+    with Emulators(EmulatorSettings(avd, count=1, port=port, restarts=0, **settings), kvm="/dev/null") as found: yield found
+
+
+@pytest.mark.parametrize("some", [some for n in range(1, 5) for some in combinations(("displays", "landscape", "no_keyboard", "no_shell_v2"), n)], ids=".".join)
+def test_emulators_of_every_kind_keep_the_contract(sdk, some):
+    with started(".".join(some), 5640) as found:
+        device = found.device(found.emulators[0], AdbSettings(settle=0))
+        check_device(device, load("webshop", "train")[2])
+        assert device.size == ((600, 270) if "landscape" in some else (270, 600))
+
+
+def test_an_emulator_that_refuses_says_why(sdk):
+    with started("refuses", 5640) as found, pytest.raises(Refused, match="pm clear: .*CLEAR_APP_USER_DATA.*devices.adb.packages"):
+        found.device(found.emulators[0], AdbSettings(settle=0)).reset(load("webshop", "train")[2], 1)
+
+
+@pytest.mark.parametrize("avd, why", [("unauthorised", "not authorised: unlock the phone"), ("offline", "offline: plug it in again")])
+def test_an_emulator_that_never_comes_up_says_why(sdk, avd, why):
+    with pytest.raises(DeviceError, match=f"emulator-.* is sick after .*, at last {why}"):
+        with started(avd, 5640, boot=4.): pass
 
 
 def running(program):

@@ -198,6 +198,8 @@ def test_an_app_that_is_not_there(no_shell_v2):
 
 
 @pytest.mark.parametrize("out, err, why", [("Error: no such thing\n", "", "Error: no such thing"), ("", "cmd: Can't find service: input\n", "cmd: Can't find service: input"), ("Security exception: Permission Denial\n\njava.lang.SecurityException: x\n", "", "Security exception"),
+    ("", "com.miui.guard.TouchDeniedException: no\n", "com.miui.guard.TouchDeniedException"), ("Permission denied\n", "", "Permission denied"), ("Failure [not allowed]\n", "", "Failure"),
+    ("", "Attempt to invoke virtual method 'int length()' on a null object reference\n", "Attempt to invoke"), ("Error type 3\nStarting: Intent\n", "", "Error type 3"),
     ("", "WARNING: linker: a.so\r\njava.lang.SecurityException: why\r\n\tat a.b.C(D.java:1)\r\n", "java.lang.SecurityException: why")])
 def test_a_failure_with_status_0_is_a_failure(out, err, why):
     assert complaint(("am", "start"), out, err, 0).startswith(why)
@@ -269,7 +271,7 @@ def test_a_serial_with_a_blank_is_one_phone(server, tmp_path):
 
 @pytest.mark.parametrize("state, why", [("no permissions (user in plugdev group; are your udev rules wrong?); see [http://developer.android.com/tools/device.html]", "not open to this user: add udev rules"),
     ("no permissions", "not open to this user"), ("unauthorized", "not authorised: unlock the phone and allow this computer"), ("authorizing", "not authorised"), ("offline", "offline: plug it in"),
-    ("recovery", "not in Android: restart the phone"), ("something new", "something new")])
+    ("connecting", "still connecting"), ("sideload", "not in Android"), ("recovery", "not in Android: restart the phone"), ("something new", "something new")])
 def test_the_state_of_a_phone_says_what_to_do(server, state, why):
     with Renamed(server, f"4 5\t{state}\nother one\toffline\n", {}), pytest.raises(DeviceError) as e: find_devices()
     assert str(e.value).startswith(f"4 5 is {why}") and str(e.value).count(" is ") == 2 and "other one is offline" in str(e.value)

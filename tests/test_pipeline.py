@@ -8,7 +8,7 @@ import standins
 import yaml
 
 from digiq.core import ConfigError, DataError, DigiqError, read_json, to_dict
-from digiq.data import Embeddings
+from digiq.data import Embeddings, EpisodeStore
 from digiq.pipeline import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,3 +262,12 @@ def test_papermill_shows_the_line(tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"train.ipynb"), str(tmp_path/"out.ipynb"), "-p", "preset", "smok", "-p", "run_dir", str(tmp_path/"run"), "--no-progress-bar"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode and "ConfigError: there is no preset 'smok': choose" in done.stderr.strip().splitlines()[-1]
+
+
+def test_papermill_takes_names_for_numbers(tmp_path):
+    (tmp_path/"2025_test.txt").write_text("Go to velmora.com\nSearch for red lamp on velmora.com\n")
+    names = dict(preset="smoke", task_set=2025, run_dir=20250101, order="sequential", eval_episodes=2, temperature=.8)
+    command = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"evaluate.ipynb"), "out.ipynb", *(w for k, v in names.items() for w in ("-p", k, str(v))), "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert EpisodeStore(tmp_path/"20250101"/"evaluations"/"behaviour").episodes().task_id.unique().tolist() == ["2025_test-0000", "2025_test-0001"]

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
-from notebooks import cells, library, module, page, paths, root, runs, tree
+from notebooks import cells, library, module, page, paths, root, runs, tree, troubles
 
 every = pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 each_library = pytest.mark.parametrize("path", library, ids=lambda p: p.stem)
@@ -65,6 +65,15 @@ def test_page_stands_alone_and_stays_short():
     assert {name.split(".")[0] for name in names} <= {"copy", "collections", "matplotlib", "numpy", "torch"}
     assert sum(bool(line.strip()) for source in sources for line in source.splitlines()) <= 250
     assert module(page) is None and page.stat().st_size < 250_000
+
+
+def test_page_of_troubles_shows_what_its_cells_check():
+    tables = [cell for cell in cells(troubles) if cell.source.startswith("table(")]
+    assert len(tables) == 4
+    for cell in tables:
+        rows = [[ast.literal_eval(part) for part in row.elts[:3]] for row in tree(cell)[0].value.args]
+        shown = cell.outputs[0]["data"]["text/markdown"].splitlines()[2:]
+        assert shown == [f"| {' | '.join(row)} |" for row in rows], "run the page again"
 
 
 def test_presets_travel_with_the_package():

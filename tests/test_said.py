@@ -1,18 +1,22 @@
 "What models answer, servers refuse with and people's files hold: properties where a kind has a space."
-import json, zipfile
+import io, json, zipfile
 
+import numpy as np
 import pytest
 from endpoint import Endpoint
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from digiq.conversion import Pictures
+from digiq.conversion import Pictures, find_form, screens_of
 from digiq.core import ConfigError, DataError, from_dict
+from digiq.data import decode_screen
 from digiq.foreign import disguise, pause, reason
 from digiq.judges import Judge, JudgeSettings, Verdict, read_verdict
-from digiq.pipeline import Preset
+from digiq.pipeline import Preset, load_preset
 from digiq.policy import Policy
+from digiq.recording import SELECTORS, wrap
 from digiq.released import read_weights
+from digiq.tasks import MARKS, Task, overlap
 from digiq.torchfile import TorchFile
 
 thinks = ("think", "thinking", "thought", "reasoning")
@@ -45,6 +49,12 @@ def test_line_breaks_and_python(verdict):
     assert read_verdict(repr(vars(verdict))) == verdict
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet='a" ,.:{}\n', max_size=30), st.booleans(), prose)
+def test_quotation_marks_within_a_verdict(reasoning, success, after):
+    assert read_verdict(f'{{"reasoning": "{reasoning.replace("}", "")}", "success": {json.dumps(success)}}}{after}').success == success
+
+
 @settings(max_examples=500, deadline=None)
 @given(st.one_of(st.text(), st.binary(), st.recursive(st.none() | st.booleans() | st.text() | st.integers(), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["error", "message", "detail", "loc", "metadata", "raw", "x"]), x), max_leaves=9).map(json.dumps)))
 def test_any_refusal_has_a_reason_in_one_line(body):
@@ -57,6 +67,14 @@ def json_empty(text): return not text.split() or text.lstrip("\ufeff").strip()[:
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["Retry-After", "retry-after-ms", "Date"]), st.text(alphabet="0123456789.,-+ :GMTuehNov") | st.sampled_from(["Thu, 26 Nov 2026 12:00:00 GMT", "nan", "inf", "1e9"])))
 def test_any_header_gives_a_pause(headers): assert 0 <= pause(headers) < 10**40
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9), st.integers(0, 59), st.integers(1, 59), st.sampled_from(["header", "words", "field"]))
+def test_any_duration_is_a_pause(hours, minutes, seconds, where):
+    said = f"{hours}h"*(hours > 0) + f"{minutes}m"*(minutes > 0) + f"{seconds}.5s"
+    headers, body = dict(header=({"Retry-After": said}, ""), words=({}, f"Please try again in {said}. Thanks"), field=({}, json.dumps({"details": [{"retryDelay": said}]})))[where]
+    assert pause(headers, body) == 3600*hours + 60*minutes + seconds + .5
 
 
 word = st.text(alphabet="abc_-. ", min_size=1, max_size=4).filter(lambda t: t.strip(". ") == t and t)
@@ -75,6 +93,37 @@ def test_a_picture_is_the_one_that_is_meant_or_none(above, others, windows, tmp_
     try: found = Pictures(place).find(asked.replace("/", "\\") if windows else asked)
     except DataError as e: assert "may be" in str(e)
     else: assert found == b"full"
+
+
+@given(before=st.text(alphabet="ab/\\_.0", max_size=9), steps=st.integers(1, 12), width=st.integers(1, 4), ending=st.sampled_from([".png", ".PNG", ".jpg"]))
+def test_collected_episodes_show_the_screen_before_the_action(before, steps, width, ending):
+    name = lambda t: f"{before}_{t:0{width}}{ending}"
+    collected = [dict(image_path=name(t + 1)) for t in range(steps)]
+    assert find_form(collected) == "collected" and screens_of(collected, "collected") == [name(t) for t in range(steps + 1)]
+
+
+@given(st.integers(0, 65535))
+def test_a_grey_of_16_bits_is_as_bright_as_it_was(level):
+    Image.fromarray(np.full((2, 2), level, np.uint16)).save(out := io.BytesIO(), "PNG")
+    assert decode_screen(out.getvalue()).getpixel((0, 0)) == (round(level / 257),)*3
+
+
+@given(st.lists(st.text(alphabet="ab c", min_size=1).filter(str.strip), min_size=1, max_size=3), st.sampled_from(sorted(MARKS)), st.sampled_from(sorted(MARKS)), st.sampled_from([str.upper, str.title, lambda t: f" {t}  "]))
+def test_goals_are_the_same_in_any_quotation_marks(queries, left, right, written):
+    task = lambda q: Task("x", f"Search for {q}", 2, "", q, "test")
+    assert len(overlap([task(q) for q in queries], [task(written(chr(left) + q + chr(right))) for q in queries])) == len(queries)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(exclude_categories=["C", "Z"])).filter(lambda t: not SELECTORS.search(t)))
+def test_no_letter_of_a_film_is_lost(text): assert "".join(wrap(text, 200, 15, 99)) == text
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(-10**20, 10**20))
+def test_names_that_came_as_numbers_are_text_again(number):
+    found = load_preset(task_set=number, policy=number, evaluation=dict(split=number, episodes="40"))
+    assert (found.task_set, found.policy, found.evaluation.split) == (str(number),)*3 and found.evaluation.episodes == 40
 
 
 @settings(max_examples=300, deadline=None)

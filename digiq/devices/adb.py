@@ -26,6 +26,7 @@ from ..env import DeviceError, Unsupported, check_key, check_point
 LINKS = {"unauthori[sz]ed|authenticate|authori[sz]ing|confirmation dialog": "not authorised: unlock the phone and allow this computer",
          "no permissions|insufficient permissions|udev": "not open to this user: add udev rules (Debian: `apt-get install android-sdk-platform-tools-common`), join the group plugdev, plug it in again",
          r"\boffline\b": "offline: plug it in again, or turn USB debugging off and on",
+         r"^(still )?connecting$|device still connecting": "still connecting: wait a moment, or plug it in again",
          "^(recovery|sideload|bootloader|rescue|fastboot)$": "not in Android: restart the phone",
          "^device '.*' not found$|no devices": "not there: plug it in, and see whether `adb devices` lists it"} # what adb says: what to do
 
@@ -166,9 +167,9 @@ class Refused(DeviceError):
     "The phone took a command and did not do it."
 
 PROSE = ("dumpsys", "getprop") # print anything, also the errors of others
-NOISE = re.compile(r"at [\w.$]+\(|\.\.\. \d+ more|WARNING: linker|Exception occurred while executing")
-FAILED = re.compile(r"(Caused by: )?(java|android)\.[\w.$]+(Exception|Error)\b|Exception occurred while executing|Security ?exception|Error:|Error type|Fail(ed|ure)\b|cmd: |Killed$|Can't find service"
-                    "|/system/bin/sh: ", re.IGNORECASE)
+NOISE = re.compile(r"at [\w.$]+\(|\.\.\. \d+ more|WARNING: linker|Exception occurred while executing|Caused by: \S+ Remote stack trace:")
+FAILED = re.compile(r"(Caused by: )?([\w$]+\.)+[\w$]*(Exception|Error)(?=:|\s|$)|Exception occurred while executing|Security ?exception|Error:|Error type"
+                    r"|Fail(ed|ure)\b|cmd: |Killed$|Can't find service|/system/bin/sh: |Permission deni(ed|al)\b|Attempt to invoke ", re.IGNORECASE)
 
 def complaint(
     words:tuple[str, ...], # of a command
