@@ -973,9 +973,8 @@ def teach(self:Experiment,
     "Teach a copy of the behaviour policy by the truth about this run's recorded states."
     self.needs_truth()
     self.require("screens", "proposals")
-    shown = [t for split in tasks.SPLITS for t in self.tasks(split)]
     def make(path):
-        policy, found = self.base_policy(), ceilings.truths(self, shown, self.make_env(shown, self.preset.horizon).device, self.workers)
+        policy, found = self.base_policy(), self.truths()
         history = ceilings.teach(self, name, found, policy, replace(self.preset.actor, reference=self.preset.reference), self.seed, history=self.log(name), bookmark=self.bookmark(name))
         policy.save(path)
         return dict(**history[-1], history=[h["loss"] for h in history])
@@ -1041,6 +1040,23 @@ def interpolations(self:Experiment,
     self.update_metrics(interpolations={name: found})
     self.note()
     return pd.DataFrame([dict(alpha=float(a), **rate) for a, rate in found.items()])[["alpha", "mean", "low", "high", "episodes"]]
+
+# %% ../nbs/65_pipeline.ipynb #65-068g
+@patch
+def truths(self:Experiment) -> pd.DataFrame: # see `digiq.ceilings.truths`
+    "The truth about all recorded candidates."
+    self.needs_truth()
+    self.require("screens", "proposals")
+    shown = [t for split in tasks.SPLITS for t in self.tasks(split)]
+    return ceilings.truths(self, shown, self.make_env(shown, self.preset.horizon).device, self.workers)
+
+@patch
+def right_labels(self:Experiment) -> pd.DataFrame: # rows with support, right, states
+    "How often the label that Best-of-N makes of this run's scores is right, by support."
+    self.require("scores")
+    found = ceilings.right_labels(self.truths(), self.score())
+    self.update_metrics(right_labels={f"{r.support:g}": r.right for r in found.itertuples()})
+    return found
 
 # %% ../nbs/65_pipeline.ipynb #65-070
 def relative(

@@ -169,13 +169,14 @@ def test_diagnoses(models, whole, tmp_path):
     shutil.copytree(whole, run_dir)
     before = weights(run_dir)
     lab = standins.experiment(models, run_dir)
-    call = lambda: (lab.habits(), lab.ceiling(), lab.samples("digiq", 2), lab.interpolations(alphas=(0., 1.)), lab.evaluate_at_collection("behaviour"), lab.evaluate_at_collection("digiq_rerank"))
+    call = lambda: (lab.habits(), lab.ceiling(), lab.samples("digiq", 2), lab.interpolations(alphas=(0., 1.)), lab.right_labels(), lab.evaluate_at_collection("behaviour"), lab.evaluate_at_collection("digiq_rerank"))
     call()
     metrics = figures(run_dir)
     assert set(metrics["ceiling"]) == {"oracle_labels", "perfect_extraction", "perfect_rerank"}
     assert all(0 <= c["low"] <= c["mean"] <= c["high"] <= 1 and c["episodes"] == 16 and c["temperature"] in (0., 1.) for c in metrics["ceiling"].values())
     assert 0 <= metrics["habits"]["most_proposed_wrong"] <= metrics["habits"]["right_among"] <= 1 and 0 < metrics["habits"]["states"] <= 6
     assert metrics["samples"]["digiq"]["learnt"]["1"] == metrics["samples"]["digiq"]["perfect"]["1"] and set(metrics["samples"]["digiq"]["perfect"]) == {"1", "2"}
+    assert all(0 <= right <= 1 for right in metrics["right_labels"].values()) and "0.1" in metrics["right_labels"]
     assert set(metrics["interpolations"]["digiq"]) == {"0", "1"} and all(r["episodes"] == 16 for r in metrics["interpolations"]["digiq"].values())
     assert metrics["success_at_collection"]["digiq_rerank"] == metrics["success"]["digiq_rerank"] and not (run_dir/"evaluations"/"digiq_rerank_at_collection").exists()
     made = {f: f.stat().st_mtime_ns for f in run_dir.rglob("*") if f.suffix in (".parquet", ".safetensors")}
