@@ -51,7 +51,7 @@ def success(
     ended:pd.DataFrame, # as `outcomes` makes it
     shops:dict={} # by task id, "known" or "unknown"; empty where tasks have no shops
 ) -> dict: # mean, low, high, episodes; the same for each level under "levels", and by kind of shop under "shop"
-    "Success in all, by level and by shop"
+    "Success overall, by level and by shop"
     rate = lambda e: wilson(int(e.success.sum()), len(e))
     by = lambda group: {str(k): rate(e) for k, e in ended.groupby(group)}
     return dict(rate(ended), levels=by(ended.level), **({"shop": by(ended.task_id.map(shops))} if shops else {}))
@@ -123,8 +123,8 @@ def over_runs(
 # %% ../nbs/60_evaluation.ipynb #60-013
 def pooled(
     runs:Sequence[dict] # contents of metrics.json of runs with different seeds
-) -> dict: # success rates by agent, with intervals, in all, by level and by shop
-    "Success over runs: their mean with Student's interval, at least as wide as Wilson's; of a single run Wilson's"
+) -> dict: # success rates by agent, with intervals, overall, by level and by shop
+    "Success over runs: their mean with Student's interval, at least as wide as Wilson's; for a single run, Wilson's"
     return {agent: _pool([r["success"][agent] for r in runs]) for agent in runs[0]["success"]}
 
 def _pool(rates):
