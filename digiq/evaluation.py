@@ -93,7 +93,8 @@ def _row(agent, r, temperatures):
     return {"agent": agent, **warmth, "success %": cell(r), **levels, **shops, "episodes": r["episodes"]}
 
 # %% ../nbs/60_evaluation.ipynb #60-010a
-COLOURS = dict(behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq_paper="#009E73", digiq="#0072B2",
+COLOURS = dict(
+    behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq_paper="#009E73", digiq="#0072B2",
     behaviour_rerank="#CCCCCC", filtered_bc_rerank="#F0C96B", digiq_rerank="#56B4E9") # safe for colour-blind readers
 
 def plot_success(
@@ -152,7 +153,7 @@ def paired(
     agent:str, # one that all of them evaluated
     other:str # another one
 ) -> dict: # mean, low, high in -1..1, and episodes
-    "How much more often an agent succeeds than another one. Raises `DataError` where they did not play the same episodes"
+    "How much more often an agent succeeds than another one. Raises `DataError` where their episodes differ"
     differences = [a - b for a, b in _both(runs, agent, other)]
     n = sum(map(len, differences))
     if len(runs) > 1: return dict(over_runs([d.mean() for d in differences]), episodes=n)
@@ -248,7 +249,8 @@ def probes(
                 if len(out) == states or len(counts) < 2: continue
                 good = _truth(phone, named[r.task_id], episodes[r.episode], r.step, counts)
                 if mixed and (good.all() or not good.any()): continue
-                out.append(Probe(r.goal, r.previous, screen, before, list(counts), list(counts.values()), good, r.level))
+                names, counts = list(counts), list(counts.values())
+                out.append(Probe(r.goal, r.previous, screen, before, names, counts, good, r.level))
                 bar.update(1)
             if len(out) == states: break
     return out
@@ -319,7 +321,8 @@ def plot_reliability(
     ax = ax or plt.subplots(figsize=(3.6, 3.4), layout="constrained")[1]
     top = 1.05*max(bins.predicted.max(), (bins.happened + bins.error).max(), .05)
     ax.plot([0, top], [0, top], color="#bbbbbb", lw=1, label="perfect")
-    ax.errorbar(bins.predicted, bins.happened, 1.96*bins.error, fmt="o-", color="#0072B2", capsize=3, ms=4, label="critic")
+    line = dict(fmt="o-", color="#0072B2", capsize=3, ms=4, label="critic")
+    ax.errorbar(bins.predicted, bins.happened, 1.96*bins.error, **line)
     ax.set(xlabel="predicted Q(s, a)", ylabel="return that happened")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -93,7 +93,7 @@ class Heads(nn.Module):
             x = _Layer.apply(F.relu(x) if k else x, w, b, self.rounded(k, w))
         return x.float()
 
-    def rounded(self, k, w): # the weight in the precision of the products, rounded once for as long as it stays the same
+    def rounded(self, k, w): # the weight in the precision of the products, rounded once after each of its updates
         if self.precision == w.dtype: return w.detach()
         if self.low.get(k, (None, None))[0] != w._version: self.low[k] = w._version, w.detach().to(self.precision)
         return self.low[k][1]

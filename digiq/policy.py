@@ -79,7 +79,7 @@ class AutoUI(T5ForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
-        "As in `transformers`. Where the configuration lacks the width of image features, as published, the weights tell"
+        "As in `transformers`. Where the configuration lacks the width of image features, the weights tell it"
         folder = Path(path)
         check_folder(folder)
         if "config" not in kwargs and (folder/"config.json").exists():

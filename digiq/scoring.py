@@ -49,7 +49,8 @@ def _states(self:Scorer, texts, goals, histories, screens, before): # what the c
     return self._tensors(goal=goal, previous_kind=kind, previous_text=text, screens=screens)
 
 @patch
-def _tensors(self:Scorer, **arrays): return {k: torch.as_tensor(np.asarray(x), device=self.device) for k, x in arrays.items()}
+def _tensors(self:Scorer, **arrays):
+    return {k: torch.as_tensor(np.asarray(x), device=self.device) for k, x in arrays.items()}
 
 def _valid(action):
     try: return parse(action)
@@ -64,7 +65,7 @@ def heads(self:Scorer,
     screens:Sequence[Image.Image], # what the phones show
     before:Sequence[Image.Image], # what they showed one step earlier (the same at the start)
     candidates:Sequence[Sequence[str]] # action strings to score, a list a state
-) -> tuple[list[np.ndarray], np.ndarray]: # Q, float32 [heads, candidates] for each state, and V, float32 [heads, states]
+) -> tuple[list[np.ndarray], np.ndarray]: # Q of each state, float32 [heads, candidates], and V, float32 [heads, states]
     "What each head of the critic says of candidate actions in states"
     texts, critic = Texts(), self.critic
     states = self._states(texts, goals, histories, screens, before)
