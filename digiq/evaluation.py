@@ -20,7 +20,6 @@ from .actions import Action, is_valid, parse
 from .core import DataError, Run, derive_seed, progress, seed_all
 from .data import EpisodeStore
 from .env import perform
-from .extraction import supported
 from .phone import SimPhone, distance
 from .scoring import Scorer
 
@@ -95,7 +94,7 @@ def _row(agent, r, temperatures):
 # %% ../nbs/60_evaluation.ipynb #60-010a
 COLOURS = dict(
     behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq_paper="#009E73", digiq="#0072B2",
-    behaviour_rerank="#CCCCCC", filtered_bc_rerank="#F0C96B", digiq_rerank="#56B4E9") # safe for colour-blind readers
+    behaviour_rerank="#CCCCCC", filtered_bc_rerank="#F0C96B", digiq_vote="#D55E00", digiq_rerank="#56B4E9") # safe for colour-blind readers
 
 def plot_success(
     rates:dict, # success rates by agent, as in metrics.json
@@ -271,7 +270,6 @@ def _truth(phone, task, episode, step, actions): # whether each brings the goal 
 def check_critic(
     found:Sequence[Probe], # held-out states with the truth
     scorer:Scorer, # the critic to check
-    support:float=0., # of the agent, see `digiq.extraction.supported`
     batch:int=64 # states at a time
 ) -> dict: # as of `judge_ranking`
     "How often the critic's favourite is good, and how often it orders a good and a bad candidate correctly"
@@ -279,23 +277,19 @@ def check_critic(
     for i in range(0, len(found), batch):
         part = found[i:i+batch]
         q += scorer(*([getattr(p, k) for p in part] for k in ("goal", "previous", "screen", "before", "candidates")))[0]
-    return judge_ranking(found, q, support)
+    return judge_ranking(found, q)
 
 # %% ../nbs/60_evaluation.ipynb #60-019a
 def judge_ranking(
     found:Sequence[Probe], # states
-    q:Sequence[np.ndarray], # a score for each candidate
-    support:float=0. # see `check_critic`
-) -> dict: # argmax_optimal, chosen_optimal, pairwise, chance, most_proposed, states, levels, chosen_levels
-    "Compare scores with the truth: by Q alone, and by the agent's rule"
+    q:Sequence[np.ndarray] # a score for each candidate
+) -> dict: # argmax_optimal, pairwise, chance, most_proposed, states, levels
+    "Compare scores with the truth"
     top = np.array([p.good[np.argmax(s)] for p, s in zip(found, q)])
-    chosen = np.array([p.good[np.argmax(supported(s, np.array(p.counts), support))] for p, s in zip(found, q)])
     level, share = np.array([p.level for p in found]), lambda x: float(np.mean(x))
-    by_level = lambda right: {str(k): share(right[level == k]) for k in np.unique(level)}
-    return dict(argmax_optimal=share(top), chosen_optimal=share(chosen),
-        pairwise=share([_ordered(s[p.good], s[~p.good]) for p, s in zip(found, q)]),
+    return dict(argmax_optimal=share(top), pairwise=share([_ordered(s[p.good], s[~p.good]) for p, s in zip(found, q)]),
         chance=share([p.good.mean() for p in found]), most_proposed=share([p.good[np.argmax(p.counts)] for p in found]),
-        states=len(found), levels=by_level(top), chosen_levels=by_level(chosen))
+        states=len(found), levels={str(k): share(top[level == k]) for k in np.unique(level)})
 
 def _ordered(good, bad): # share of pairs in which the good one scores higher; a tie is half right
     return ((good[:, None] > bad) + .5*(good[:, None] == bad)).mean()

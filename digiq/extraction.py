@@ -116,7 +116,7 @@ class ExtractionConfig:
     method: str = "best_of_n"  # best_of_n, paper, awr, reinforce, sft, filtered_bc or most_proposed
     threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 or less for none
     floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 or less for none
-    support: float = 0.        # Best-of-N and re-ranking: power of the number of proposals, kappa
+    support: float = 0.        # Best-of-N: power of the number of proposals, kappa
     epsilon: float = 0.        # the paper's rule: smallest advantage worth learning from
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage

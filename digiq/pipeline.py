@@ -48,7 +48,7 @@ from .proposals import ProposalConfig
 from .released import load_agent
 from .representation import RepresentationConfig, model_path
 from .rollout import Rollout
-from .scoring import Reranker, Scorer
+from .scoring import Reranker, Scorer, Voter
 from .training import ActorConfig
 
 # %% ../nbs/65_pipeline.ipynb #65-005
@@ -76,7 +76,8 @@ class EmbeddingConfig:
 class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
     temperatures:tuple[float, ...]=(0., .5, 1.) # of which every agent acts at its own best one; that of a list of one is taken as it is
-    tuning:int=60 # validation episodes at each temperature, to find out
+    supports:tuple[float, ...]=(0., 1.) # of which every re-ranked agent has its own best one: powers of the number of samples by which Q is multiplied
+    tuning:int=60 # validation episodes at each temperature, and support, to find out
     split:str="test" # "val" while tuning
     episodes:int=300 # an agent
     first:int|None=None # only the first so many tasks of the split; 96 is the published way
@@ -88,6 +89,7 @@ class EvaluationConfig:
     returns:int=600 # recorded steps, for the reliability of the critic
 
     def __post_init__(self):
+        if not self.supports or min(self.supports) < 0: raise ConfigError(f"evaluation.supports is {list(self.supports)}: give one or more, 0 and above")
         if not self.temperatures or min(self.temperatures) < 0: raise ConfigError(f"evaluation.temperatures is {list(self.temperatures)}: give one or more, 0 and above")
 
 # %% ../nbs/65_pipeline.ipynb #65-007
@@ -248,7 +250,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
     "habits": (("evaluations/behaviour",), ("proposals", "evaluation")),
-    "check": (("evaluations/behaviour", "critic"), ("extraction", "evaluation"))}
+    "check": (("evaluations/behaviour", "critic"), ("evaluation",))}
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
@@ -265,10 +267,11 @@ def made_from(
     family, _, agent = stage.partition("/")
     if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"): raise DigiqError(f"there is no stage {stage!r}: choose one of {', '.join((*STAGES, *RULES, *ceilings.LABELS))}")
     agent = agent.partition("/")[0].removesuffix("_at_collection")
-    plain = agent.removesuffix("_rerank")
+    plain = agent.removesuffix("_rerank").removesuffix("_vote")
     needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
-    learnt = agent != plain and family != "ceilings" or family == "samples" # the critic chooses
-    return (*needs, "critic") if learnt else needs, (*own, "extraction", "evaluation") if learnt else own
+    several = agent != plain and family != "ceilings" or family == "samples" # samples, of which one is done
+    if several and not agent.endswith("_vote"): needs = *needs, "critic" # chooses
+    return needs, (*own, "evaluation") if several else own
 
 def lineage(
     stage:str, # name of a stage
@@ -787,13 +790,23 @@ def load_trained(self:Experiment,
 
 @patch
 def agent(self:Experiment,
-    name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q
+    name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q, with "_vote" it does what most of them say
+    support:float|None=None, # of re-ranking; None is what `tune` has chosen
 ): # with `act`
     "An agent of the experiment."
-    plain = name.removesuffix("_rerank")
-    if plain not in ("behaviour", *RULES, *ceilings.LABELS): raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank")
+    plain, n = name.removesuffix("_rerank").removesuffix("_vote"), self.preset.evaluation.rerank
+    if plain not in ("behaviour", *RULES, *ceilings.LABELS): raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank or _vote")
     policy = self.behaviour if plain == "behaviour" else self.load_trained(plain)
-    return policy if plain == name else Reranker(policy, self.scorer(), self.preset.evaluation.rerank, self.preset.extraction.support)
+    if plain == name: return policy
+    if name.endswith("_vote"): return Voter(policy, n)
+    return Reranker(policy, self.scorer(), n, self.support(name) if support is None else support)
+
+@patch
+def support(self:Experiment,
+    name:str, # of a re-ranked agent
+) -> float: # of `evaluation.supports`
+    "What `tune` has chosen; the least one before."
+    return self.metrics().get("supports", {}).get(name, min(self.preset.evaluation.supports))
 
 @patch
 def shops(self:Experiment,
@@ -818,20 +831,21 @@ def held_out(self:Experiment,
 def tune(self:Experiment,
     name:str, # of an agent
 ) -> float: # of `evaluation.temperatures`
-    "The temperature at which an agent succeeds most often on validation tasks; the coolest of equals."
-    cfg = self.preset.evaluation
-    choice = [t for t in sorted(set(cfg.temperatures)) if t or not name.endswith("_rerank")] # samples at 0 are all alike
-    if not choice: raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
-    if len(choice) == 1: return choice[0]
+    "The temperature at which an agent succeeds most often on validation tasks, of re-ranked agents together with the support; the coolest of equals."
+    cfg, again = self.preset.evaluation, name.endswith("_rerank")
+    warm = [t for t in sorted(set(cfg.temperatures)) if t or not (again or name.endswith("_vote"))] # samples at 0 are all alike
+    if not warm: raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
+    choice = {f"{t:g} support {k:g}" if again else f"{t:g}": (t, k) for t in warm for k in (sorted(set(cfg.supports)) if again else [None])}
     def make():
-        agent, rates = self.agent(name), {}
-        for t in choice:
-            how = self.held_out(cfg.tuning, t)
-            rates[f"{t:g}"] = float(evaluation.outcomes(self.play(f"tuning/{name}/{t:g}", agent, "val", how)).success.mean())
-        return rates
-    rates = self.result(f"tuning/{name}", make, dict(temperatures=choice, episodes=min(cfg.tuning, cfg.most)))
-    self.update_metrics(tuning={name: rates})
-    return max(choice, key=lambda t: rates[f"{t:g}"]) # the first of equals
+        play = lambda x, t, k: self.play(f"tuning/{name}/{x}", self.agent(name, k), "val", self.held_out(cfg.tuning, t))
+        return {x: float(evaluation.outcomes(play(x, t, k)).success.mean()) for x, (t, k) in choice.items()}
+    best = next(iter(choice))
+    if len(choice) > 1:
+        rates = self.result(f"tuning/{name}", make, dict(settings=list(choice), episodes=min(cfg.tuning, cfg.most)))
+        self.update_metrics(tuning={name: rates})
+        best = max(choice, key=rates.get) # the first of equals
+    if again: self.update_metrics(supports={name: choice[best][1]})
+    return choice[best][0]
 
 # %% ../nbs/65_pipeline.ipynb #65-061b
 @patch
@@ -854,7 +868,7 @@ def evaluate_at_collection(self:Experiment,
 ) -> pd.DataFrame: # how each episode ended
     "Play the same tasks at the temperature at which episodes were collected. Where that is the agent's own, nothing is played again."
     cfg, temperature = self.preset.evaluation, self.preset.collection.temperature
-    own = self.finished(f"evaluations/{name}") and self.tune(name) == temperature
+    own = self.tune(name) == temperature and self.finished(f"evaluations/{name}")
     store = EpisodeStore(self.path/"evaluations"/name) if own else self.play(f"evaluations/{name}_at_collection", self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature))
     ended = evaluation.outcomes(store)
     self.update_metrics(success_at_collection={name: evaluation.success(ended, self.shops(cfg.split))})
@@ -915,11 +929,11 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     names = [n for n in ("critic", "critic_without_representation") if n == "critic" or (self.path/"checkpoints"/n).exists()]
     def make():
         found = self.probes(self.preset.evaluation.states)
-        return {n: evaluation.check_critic(found, self.scorer(n), self.preset.extraction.support) for n in names}
+        return {n: evaluation.check_critic(found, self.scorer(n)) for n in names}
     self.require(*names)
     checked = self.result("check", make)
     self.update_metrics(**checked)
-    return pd.DataFrame(checked).T.drop(columns=["levels", "chosen_levels"])
+    return pd.DataFrame(checked).T.drop(columns="levels")
 
 # %% ../nbs/65_pipeline.ipynb #65-066
 def returns(
@@ -1008,7 +1022,7 @@ def samples(self:Experiment,
     for critic, n in [(c, n) for n in numbers for c in ("learnt", "perfect")]:
         perfect = ceilings.TruthReranker(policy, self.make_env, n) if critic == "perfect" else None
         stage = f"samples/{name}/{critic if n > 1 else 'one'}/{n}" # one sample is the plain policy, whoever chooses
-        chooser = policy if n == 1 else perfect or Reranker(policy, self.scorer(), n, self.preset.extraction.support)
+        chooser = policy if n == 1 else perfect or Reranker(policy, self.scorer(), n, self.support(f"{name}_rerank"))
         store = self.play(stage, chooser, "val", self.held_out(cfg.episodes, temperature), make_env=perfect and n > 1 and perfect.make_env)
         record, rate = read_json(self.path/"stages"/f"{stage}.json"), evaluation.success(evaluation.outcomes(store), self.shops("val"))
         rows.append(dict(critic=critic, samples=n, **rate, seconds=record["seconds"]/record["counts"]["steps"]))

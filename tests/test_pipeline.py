@@ -75,7 +75,7 @@ def test_metrics(whole):
     trained = {"behaviour", "filtered_bc", "digiq_paper", "digiq"}
     assert set(metrics["success"]) == trained | {"filtered_bc_rerank", "digiq_rerank"} == set(metrics["temperatures"])
     assert {name: {"0", "1"} for name in trained} == {name: set(rates) for name, rates in metrics["tuning"].items()} # re-ranked, only 1 is left
-    for name, rates in metrics["tuning"].items(): assert metrics["temperatures"][name] == float(max(sorted(rates), key=rates.get))
+    for name, rates in metrics["tuning"].items(): assert metrics["temperatures"][name] == float(max(sorted(rates), key=rates.get).split()[0])
     for rate in metrics["success"].values():
         assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 and rate["episodes"] == 16
         assert [sum(part["episodes"] for part in rate[group].values()) for group in ("levels", "shop")] == [16, 16]
@@ -116,7 +116,7 @@ def test_again_changes_nothing(models, whole, changes):
 @pytest.mark.parametrize("change, told", [
     ("collection.episodes=32", "already holds stage episodes with other settings (episodes was 24, now 32): choose another run_dir"),
     ("collection.temperature=0.5", "temperature was 1.0, now 0.5"),
-    ("evaluation.temperatures=[0.0, 0.5]", "already holds stage tuning/behaviour with other settings (temperatures was [0.0, 1.0], now [0.0, 0.5]): choose another run_dir"),
+    ("evaluation.temperatures=[0.0, 0.5]", "already holds stage tuning/behaviour with other settings (settings was ['0', '1'], now ['0', '0.5']): choose another run_dir"),
     ("representation.steps=4", "already holds stage representation with other settings (preset.representation.steps was 3, now 4)"),
     ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.9, now 0.5)"),
     ("collection.episodes=3", "collection.episodes is 3: it must be at least 10"),
