@@ -250,7 +250,8 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
     "habits": (("evaluations/behaviour",), ("proposals", "evaluation")),
-    "check": (("evaluations/behaviour", "critic"), ("evaluation",))}
+    "check": (("evaluations/behaviour", "critic"), ("evaluation",)),
+    "reliability": (("evaluations/behaviour", "critic"), ("evaluation",))}
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
