@@ -98,7 +98,7 @@ async def show(url, name, width=1300, height=1000):
         page.set_default_timeout(WAIT)
         it = Show(page, name)
         await page.route("**/*", it.local)
-        page.on("console", lambda said: it.outside.append(said.text) if "Content Security Policy" in said.text else None) # nor asked for
+        page.on("console", lambda m: it.outside.append(m.text) if "Content Security Policy" in m.text else None) # nor asked for
         await page.add_init_script("for (const kind of ['pointerup', 'keydown', 'input']) addEventListener(kind, e => { window.began = e.timeStamp; }, true)")
         for _ in range(240):
             try: await page.goto(url); break
@@ -121,7 +121,8 @@ async def first_sight(it, view):
     "It opens on the episode that teaches most, and the step is in sight."
     part, (episode, step) = await it.bring("Trajectory explorer"), view.opening()
     await it.page.wait_for_selector(f".film[data-episode='{episode}'] .frame:nth-child({step + 1})[aria-current=true]")
-    assert (await part.locator(".facts b").nth(1).inner_text(), await part.locator(".list [aria-current=true]").get_attribute("data-key")) == (fixed(view.values("episodes", episode)[1][step]), str(episode))
+    assert await part.locator(".facts b").nth(1).inner_text() == fixed(view.values("episodes", episode)[1][step])
+    assert await part.locator(".list [aria-current=true]").get_attribute("data-key") == str(episode)
     frame, film = [await part.locator(s).bounding_box() for s in (".frame[aria-current=true]", ".film")]
     assert film["x"] <= frame["x"] and frame["x"] + frame["width"] <= film["x"] + film["width"] + 1
     await it.picture("first_sight")

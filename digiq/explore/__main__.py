@@ -63,7 +63,8 @@ def main(
     token = secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as folder:
         page = write_page(view.path, folder)
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(write_template(folder)), os.environ.get("JUPYTER_PATH")]))
+        places = str(write_template(folder)), os.environ.get("JUPYTER_PATH")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
         print(f"http://127.0.0.1:{args.port}/?token={token}", flush=True)
         here = Config(Voila=dict(tornado_settings=dict(headers={"Content-Security-Policy": f"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws://127.0.0.1:{args.port}"})))
         Voila.launch_instance(config=here, argv=[str(page), "--Voila.ip=127.0.0.1", f"--port={args.port}", f"--token={token}", f"--theme={args.theme}", "--template=digiq", *["--no-browser"]*args.no_browser])

@@ -110,7 +110,7 @@ def scale(
     advantages, # of some actions; nan or None where unknown
     v:float, # of the state; nan or None where unknown
 ) -> float: # at least a twentieth of V
-    "The largest advantage, either way: where the colours end. Far from the goal values are small, and so is the scale, down to the smallest value that `fixed` prints."
+    "The largest advantage, either way: where the colours end. Far from the goal values are small, and so is the scale."
     known = [abs(a) for a in advantages if a is not None and not np.isnan(a)]
     return max([*known, 1e-3, 0 if v is None or np.isnan(v) else .05*abs(v)])
 
@@ -134,7 +134,8 @@ def draw_judged(
     right.set_yticks(few.index, [f"{'★ ' if r.chosen else ''}{textwrap.shorten(r.words, 34, placeholder='…')} ×{r.count}" for r in few.itertuples()], fontsize=7, parse_math=False)
     right.invert_yaxis(); right.axvline(0, color="#555555", lw=.8); right.spines[["top", "right"]].set_visible(False)
     right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8); right.tick_params(axis="x", labelsize=7)
-    figure.suptitle("\n".join(textwrap.wrap(goal, 80)[:2]) + ("" if np.isnan(v) else f"\nV {fixed(v)}") + f"\n{unknown}"*bool(unknown), fontsize=9, parse_math=False)
+    title = [*textwrap.wrap(goal, 80)[:2], *[f"V {fixed(v)}"]*(not np.isnan(v)), *[unknown]*bool(unknown)]
+    figure.suptitle("\n".join(title), fontsize=9, parse_math=False)
     return small_picture(figure)
 
 def draw_candidates_of(
@@ -171,8 +172,10 @@ def draw_field(
     for ax, (goal, grid, v) in zip(axes[1:], grids):
         show_screen(ax, state.screen)
         unknown = view.unknown(v)
-        ax.imshow(grid, ListedColormap([GREY]) if unknown else "viridis", norm, alpha=opacity, extent=(0, state.screen.width, state.screen.height, 0), interpolation="bilinear")
-        ax.set_title("\n".join(textwrap.wrap(goal, 30)[:3]) + f"\nV {fixed(v)}" + "".join(f"\n{line}" for line in textwrap.wrap(unknown, 34)), fontsize=8, parse_math=False)
+        colours, extent = ListedColormap([GREY]) if unknown else "viridis", (0, state.screen.width, state.screen.height, 0)
+        ax.imshow(grid, colours, norm, alpha=opacity, extent=extent, interpolation="bilinear")
+        title = [*textwrap.wrap(goal, 30)[:3], f"V {fixed(v)}", *textwrap.wrap(unknown, 34)]
+        ax.set_title("\n".join(title), fontsize=8, parse_math=False)
     figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label="Q of a tap", shrink=.6, aspect=30)
     return small_picture(figure)
 

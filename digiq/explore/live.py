@@ -75,7 +75,8 @@ export default {render({model, el: root}) {
   const drawAdvice = () => {
     const a = model.get("advice");
     drawMarks(); drawFacts();
-    put(table, a.unknown ? el("div", {class: "note"}, a.unknown) : null, el("table", {}, el("thead", {}, el("tr", {}, ...["the agent would", "of its samples", "Q", "advantage", ""].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))),
+    put(table, a.unknown ? el("div", {class: "note"}, a.unknown) : null,
+      el("table", {}, el("thead", {}, el("tr", {}, ...["the agent would", "of its samples", "Q", "advantage", ""].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))),
       el("tbody", {}, ...(a.rows || []).map((r, i) => el("tr", {}, el("td", {}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, a.scale)}`}), r.words), el("td", {}, r.count), el("td", {}, fixed(r.q)), el("td", {}, fixed(r.advantage)), el("td", {}, el("button", {"aria-label": `do it: ${r.words}`, onclick: () => model.send({do: "take", place: i, step: a.step})}, "Do it")))))));
     root.dataset.advice = a.step;
   };
@@ -193,7 +194,8 @@ def advise(self:LivePhone):
         with self.run.busy: (q,), (v,) = self.run.scorer(*where, [self.suggested])
     rows = [plain(a) | dict(count=samples.count(a), q=number(x), advantage=number(x - v)) for a, x in zip(self.suggested, q)]
     unknown = self.run.unknown(v)
-    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=None if unknown else scale([r["advantage"] for r in rows], v), unknown=unknown)
+    ends = None if unknown else scale([r["advantage"] for r in rows], v)
+    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=ends, unknown=unknown)
 
 @patch
 def draw(self:LivePhone) -> Image.Image:

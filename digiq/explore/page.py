@@ -120,7 +120,8 @@ const labelled = (text, control) => el("label", {}, text, control);
 const options = (select, values, chosen, name = v => v) => put(select, ...values.map(v => { const o = el("option", {value: v}, name(v)); o.selected = v === chosen; return o; }));
 const places = x => x !== 0 && Math.abs(x) < .0995 ? 1 - Math.floor(Math.log10(Math.abs(x))) : 3; // two digits that count, or three decimals
 const fixed = (x, digits) => // as in Python
-  x === null || x === undefined ? "–" : x !== 0 && Math.abs(x) < .001 ? (x > 0 ? "< 0.001" : "> −0.001") : x.toFixed(digits ?? places(x)).replace("-", "−");
+  (x ?? null) === null ? "–" : x !== 0 && Math.abs(x) < .001 ? (x > 0 ? "< 0.001" : "> −0.001")
+  : x.toFixed(digits ?? places(x)).replace("-", "−");
 const pictures = new Map();
 const address = (bytes) => { // of a WebP picture
   if (!bytes) return "";
@@ -162,7 +163,8 @@ const GREY = [158, 158, 158]; // where nothing is known
 const rgb = c => `rgb(${c.join(",")})`;
 const diverging = (a, most) => (a ?? null) === null || most === null ? rgb(GREY) : rgb(mix(DIVERGING, .5 + .5 * a / most));
 const gradient = stops => `background: linear-gradient(90deg, ${stops.map(rgb).join(",")})`;
-const legend = (stops, low, high, text, unknown) => unknown ? el("div", {class: "note", role: "status"}, unknown) : el("div", {class: "legend"}, text, el("span", {}, low), el("i", {style: gradient(stops)}), el("span", {}, high));
+const legend = (stops, low, high, text, unknown) => unknown ? el("div", {class: "note"}, unknown)
+  : el("div", {class: "legend"}, text, el("span", {}, low), el("i", {style: gradient(stops)}), el("span", {}, high));
 """
 
 # %% ../../nbs/70c_explore.page.ipynb #70c-014

@@ -135,7 +135,8 @@ async def compute(self:QField):
 def send_heat(self:QField, done=False):
     if not self.field.points: return
     grid = self.field.grid()
-    self.heat = dict(grid=grid.tobytes(), low=number(np.nanmin(grid)), high=number(np.nanmax(grid)), v=number(self.field.v), unknown=self.run.unknown(self.field.v), judged=len(self.field.points), goal=self.field.goal, done=done, where=f"{self.episode}/{self.step}")
+    values = dict(low=number(np.nanmin(grid)), high=number(np.nanmax(grid)), v=number(self.field.v), unknown=self.run.unknown(self.field.v))
+    self.heat = values | dict(grid=grid.tobytes(), judged=len(self.field.points), goal=self.field.goal, done=done, where=f"{self.episode}/{self.step}")
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-009
 @patch
@@ -147,7 +148,8 @@ def judge(self:QField,
     if not self.actions: return
     heads, v = self.run.score(self.run.state(self.set, self.episode, self.step), self.actions, self.goal)
     q, v = self.run.combine(heads), self.run.combine(v)
-    self.judged = [plain(a) | dict(q1=number(h[0]), q2=number(h[-1]), q=number(x), advantage=number(x - v), unknown=self.run.unknown(v)) for a, h, x in zip(self.actions, heads.T, q)]
+    row = lambda h, x: dict(q1=number(h[0]), q2=number(h[-1]), q=number(x), advantage=number(x - v), unknown=self.run.unknown(v))
+    self.judged = [plain(a) | row(h, x) for a, h, x in zip(self.actions, heads.T, q)]
 
 @patch
 def judge_again(self:QField):

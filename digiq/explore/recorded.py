@@ -41,7 +41,8 @@ export default {render({model, el: root}) {
   const sets = el("select", {onchange: e => tell(model, "set", e.target.value)}), find = el("input", {type: "search", placeholder: "number or words of the goal", oninput: () => draw()});
   const won = options(el("select", {onchange: () => draw()}), ["all", "success", "failure"], "all"), order = options(el("select", {onchange: () => draw()}), Object.keys(ORDERS), "number");
   bar.append(labelled("Episodes of", sets), labelled("Search", find), labelled("Outcome", won), labelled("Sort by", order), el("button", {title: "read what has been written since", onclick: () => model.send({do: "refresh"})}, "Refresh"));
-  const list = el("div", {class: "list", role: "group", "aria-label": "episodes"}), goal = el("div", {class: "goal"}), box = el("div", {class: "film"}), facts = el("div", {class: "facts"}), doubt = el("div", {class: "note", role: "status", style: "margin-top: 8px"});
+  const list = el("div", {class: "list", role: "group", "aria-label": "episodes"}), goal = el("div", {class: "goal"}), box = el("div", {class: "film"}), facts = el("div", {class: "facts"});
+  const doubt = el("div", {class: "note", role: "status", style: "margin-top: 8px"});
   root.append(bar, note, el("div", {class: "split"}, list, el("div", {style: "min-width: 0"}, goal, box, facts, doubt, el("div", {class: "soft", style: "margin-top: 8px"}, "Keys: ← → steps, ↑ ↓ episodes. ● V(s)  ■ Q(s, a) of what was done."))));
   root.tabIndex = 0;
   let shown = [], strip = null;
@@ -83,6 +84,12 @@ export default {render({model, el: root}) {
   const drawSets = () => options(sets, model.get("sets"), model.get("set"));
   model.on("change:rows", draw); model.on("change:episode", drawEpisode); model.on("change:strip", drawStrip); model.on("change:step", drawStep); model.on("change:sets", drawSets); model.on("change:set", drawSets);
   drawSets(); draw(); drawStrip();
+  const placed = new ResizeObserver(() => { // what is chosen comes into sight as soon as there is a page to see it on
+    if (!box.clientWidth) return;
+    placed.disconnect(); drawEpisode(); drawStep();
+  });
+  placed.observe(box);
+  return () => placed.disconnect();
 }};
 """
 
@@ -122,7 +129,8 @@ def show_episode(self:TrajectoryExplorer):
     rows, lacking = self.run.steps(self.set, self.episode), self.run.lacks()
     try: q, v = self.run.values(self.set, self.episode)
     except DigiqError as e: q = v = [float("nan")]*len(rows); lacking["critic"] = f"No V and Q: {e}"
-    steps = [plain(r.action) | dict(step=int(r.step), reward=round(float(r.reward), 3), error=r.error, q=number(a), v=number(b), unknown=self.run.unknown(b)) for r, a, b in zip(rows.itertuples(), q, v)]
+    steps = [plain(r.action) | dict(step=int(r.step), reward=round(float(r.reward), 3), error=r.error,
+        q=number(a), v=number(b), unknown=self.run.unknown(b)) for r, a, b in zip(rows.itertuples(), q, v)]
     shots = frames([self.run.picture(self.set, self.episode, s) for s in rows.step])
     with self.hold_sync():
         self.step = min(self.step, max(len(rows) - 2, 0)) # at an episode's end there are no candidates
@@ -151,7 +159,8 @@ export default {render({model, el: root}) {
     const order = s.rows.map((r, i) => [r, i]).sort((a, b) => (a[0].advantage ?? -9) - (b[0].advantage ?? -9)); // the best on top
     const marks = order.filter(([r]) => place(r)).map(([r, i]) => { const m = mark(r, H, diverging(r.advantage, most)); m.append(el("title", {}, `${r.words}: advantage ${fixed(r.advantage)}`)); return join(i, m); });
     const chips = order.filter(([r]) => !place(r)).reverse().map(([r, i]) => join(i, el("span", {class: "chip"}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}), r.words)));
-    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null, legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage", s.unknown));
+    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null,
+      legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage", s.unknown));
     put(goal, s.goal, el("span", {class: "soft"}, `   episode ${s.episode}, step ${s.step}, V ${fixed(s.v)}, ${s.rows.length} distinct candidates`));
     const [key, way] = sort, value = r => key === "v" ? s.v : r[key] ?? -1e9;
     const rows = s.rows.map((r, i) => [r, i]).sort(([a], [b]) => way * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : value(a) - value(b)));

@@ -353,7 +353,8 @@ def unknown(self:RunView,
 ) -> str: # empty where the critic knows something, or is missing
     "A sentence where V is under the floor: the critic knows nothing."
     floor = self.lab.preset.extraction.floor
-    return f"The critic knows nothing here: V is under {floor:g} (extraction.floor), and differences in Q are noise." if -1 < floor and v <= floor else ""
+    if not (-1 < floor and v <= floor): return ""
+    return f"The critic knows nothing here: V is under {floor:g} (extraction.floor), and differences in Q are noise."
 
 # %% ../../nbs/70_explore.run.ipynb #70-023
 @patch
