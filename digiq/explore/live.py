@@ -75,7 +75,8 @@ export default {render({model, el: root}) {
   const drawAdvice = () => {
     const a = model.get("advice");
     drawMarks(); drawFacts();
-    put(table, el("table", {}, el("thead", {}, el("tr", {}, ...["the agent would", "of its samples", "Q", "advantage", ""].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))),
+    put(table, a.unknown ? el("div", {class: "note"}, a.unknown) : null,
+      el("table", {}, el("thead", {}, el("tr", {}, ...["the agent would", "of its samples", "Q", "advantage", ""].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n))))),
       el("tbody", {}, ...(a.rows || []).map((r, i) => el("tr", {}, el("td", {}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, a.scale)}`}), r.words), el("td", {}, r.count), el("td", {}, fixed(r.q)), el("td", {}, fixed(r.advantage)), el("td", {}, el("button", {"aria-label": `do it: ${r.words}`, onclick: () => model.send({do: "take", place: i, step: a.step})}, "Do it")))))));
     root.dataset.advice = a.step;
   };
@@ -192,7 +193,9 @@ def advise(self:LivePhone):
     if self.run.has("critic"):
         with self.run.busy: (q,), (v,) = self.run.scorer(*where, [self.suggested])
     rows = [plain(a) | dict(count=samples.count(a), q=number(x), advantage=number(x - v)) for a, x in zip(self.suggested, q)]
-    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=scale([r["advantage"] for r in rows], v))
+    unknown = self.run.unknown(v)
+    ends = None if unknown else scale([r["advantage"] for r in rows], v)
+    self.advice = dict(step=self.env.steps, rows=rows, v=number(v), scale=ends, unknown=unknown)
 
 @patch
 def draw(self:LivePhone) -> Image.Image:
@@ -200,7 +203,8 @@ def draw(self:LivePhone) -> Image.Image:
     if not self.env.running: raise DigiqError("The episode is over: begin a new one.")
     if self.advice.get("step") != self.env.steps: self.advise()
     found = pd.DataFrame(self.advice["rows"]).assign(action=self.suggested).astype(dict(advantage=float))
-    return draw_judged(self.env.task.goal, self.env.screen, found.assign(chosen=found.index == 0), np.nan if self.advice["v"] is None else self.advice["v"])
+    v = np.nan if self.advice["v"] is None else self.advice["v"]
+    return draw_judged(self.env.task.goal, self.env.screen, found.assign(chosen=found.index == 0), v, self.advice["unknown"])
 
 # %% ../../nbs/70f_explore.live.ipynb #70f-013
 @patch

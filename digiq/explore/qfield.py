@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..actions import complete, impossible, press, render, tap, type_text
 from .field import Field
-from .page import Explorer, SHARED, aside, number, plain
+from .page import Recorded, SHARED, aside, number, plain
 from .run import Remembering, RunView
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-005
@@ -31,7 +31,7 @@ export default {render({model, el: root}) {
   const canvas = el("canvas", {width: 27, height: 60, style: "opacity: .6"}), left = el("div", {class: "screen"}), scale = el("div"), table = el("div", {class: "scroll", style: "max-height: 330px"}), facts = el("div", {class: "facts"}), bar2 = el("progress", {max: 1, value: 0, "aria-label": "taps judged"});
   const keys = [["back", "◀ back"], ["home", "● home"], ["enter", "⏎ enter"], ["complete", "✓ task complete"], ["impossible", "✕ task impossible"]].map(([k, name]) => el("button", {onclick: () => model.send({do: "press", key: k})}, name));
   let later = 0, cross = {x: .5, y: .5};
-  const reach = rows => Math.max(1e-4, ...rows.map(r => Math.max(Math.abs(r.advantage ?? 0), .05 * Math.abs((r.q ?? 0) - (r.advantage ?? 0))))); // where the colours end
+  const reach = rows => rows[0]?.unknown ? null : Math.max(1e-3, ...rows.map(r => Math.max(Math.abs(r.advantage ?? 0), .05 * Math.abs((r.q ?? 0) - (r.advantage ?? 0))))); // where the colours end
   root.append(bar, note, el("div", {class: "phone"}, el("div", {}, left, scale, bar2),
     el("div", {class: "side"}, labelled("Goal: edit it, and the field follows", goal), recorded, facts, labelled("Opacity of the field", opacity),
       el("div", {class: "soft"}, "Click anywhere on the screen to judge a tap there (or focus the screen, move with the arrow keys, judge with Enter). Or judge another action:"),
@@ -56,9 +56,9 @@ export default {render({model, el: root}) {
     ctx.clearRect(0, 0, 27, 60);
     if (!h.grid) { put(facts); put(scale); bar2.value = 0; delete canvas.dataset.judged; delete canvas.dataset.done; return; }
     const q = new Float32Array(h.grid.buffer.slice(h.grid.byteOffset, h.grid.byteOffset + h.grid.byteLength)), image = ctx.createImageData(27, 60);
-    q.forEach((v, i) => { if (!Number.isNaN(v)) image.data.set([...mix(VIRIDIS, (v - h.low) / (h.high - h.low || 1)), 255], 4 * i); });
+    q.forEach((v, i) => { if (!Number.isNaN(v)) image.data.set([...(h.unknown ? GREY : mix(VIRIDIS, (v - h.low) / (h.high - h.low || 1))), 255], 4 * i); });
     ctx.putImageData(image, 0, 0);
-    put(scale, legend(VIRIDIS, fixed(h.low), fixed(h.high), "Q of a tap"));
+    put(scale, legend(VIRIDIS, fixed(h.low), fixed(h.high), "Q of a tap", h.unknown));
     put(facts, ...[["V(s)", fixed(h.v)], ["best tap", fixed(h.high)], ["taps judged", h.judged]].map(([name, value]) => el("div", {}, el("span", {class: "soft"}, name), el("b", {}, value))));
     bar2.value = h.done ? 1 : h.judged / 500; canvas.dataset.goal = h.goal; canvas.dataset.judged = h.judged; canvas.dataset.done = h.done; canvas.dataset.where = h.where;
   };
@@ -79,13 +79,9 @@ export default {render({model, el: root}) {
 """
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-006
-class QField(Explorer):
+class QField(Recorded):
     "Q of a tap anywhere on a recorded screen, for any goal"
     _esm = SHARED + FIELD_JS
-    sets = T.List(T.Unicode()).tag(sync=True) # of episodes
-    set = T.Unicode("episodes").tag(sync=True) # the one on show
-    episode = T.Int(0).tag(sync=True) # its number
-    step = T.Int(0).tag(sync=True) # of the episode
     goal = T.Unicode().tag(sync=True) # the recorded one, or what if
     shot = T.Dict().tag(sync=True) # the screen
     heat = T.Dict().tag(sync=True) # the field so far
@@ -98,8 +94,6 @@ class QField(Explorer):
     ):
         super().__init__(run, **traits)
         self.task = self.shown = None
-        self.sets = self.run.sets()
-        if self.sets and self.set not in self.sets: self.set = self.sets[0]
         self.observe(lambda _: self.attempt(self.show), ["set", "episode", "step"])
         if follow: self.go_with(follow)
         self.attempt(self.show)
@@ -141,7 +135,8 @@ async def compute(self:QField):
 def send_heat(self:QField, done=False):
     if not self.field.points: return
     grid = self.field.grid()
-    self.heat = dict(grid=grid.tobytes(), low=number(np.nanmin(grid)), high=number(np.nanmax(grid)), v=number(self.field.v), judged=len(self.field.points), goal=self.field.goal, done=done, where=f"{self.episode}/{self.step}")
+    values = dict(low=number(np.nanmin(grid)), high=number(np.nanmax(grid)), v=number(self.field.v), unknown=self.run.unknown(self.field.v))
+    self.heat = values | dict(grid=grid.tobytes(), judged=len(self.field.points), goal=self.field.goal, done=done, where=f"{self.episode}/{self.step}")
 
 # %% ../../nbs/70e_explore.qfield.ipynb #70e-009
 @patch
@@ -153,7 +148,8 @@ def judge(self:QField,
     if not self.actions: return
     heads, v = self.run.score(self.run.state(self.set, self.episode, self.step), self.actions, self.goal)
     q, v = self.run.combine(heads), self.run.combine(v)
-    self.judged = [plain(a) | dict(q1=number(h[0]), q2=number(h[-1]), q=number(x), advantage=number(x - v)) for a, h, x in zip(self.actions, heads.T, q)]
+    row = lambda h, x: dict(q1=number(h[0]), q2=number(h[-1]), q=number(x), advantage=number(x - v), unknown=self.run.unknown(v))
+    self.judged = [plain(a) | row(h, x) for a, h, x in zip(self.actions, heads.T, q)]
 
 @patch
 def judge_again(self:QField):

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 
 from ..core import DigiqError
 from .figures import scale
-from .page import Explorer, SHARED, frames, number, plain
+from .page import Recorded, SHARED, frames, number, plain
 from .run import RunView, ended
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-005
@@ -42,7 +42,8 @@ export default {render({model, el: root}) {
   const won = options(el("select", {onchange: () => draw()}), ["all", "success", "failure"], "all"), order = options(el("select", {onchange: () => draw()}), Object.keys(ORDERS), "number");
   bar.append(labelled("Episodes of", sets), labelled("Search", find), labelled("Outcome", won), labelled("Sort by", order), el("button", {title: "read what has been written since", onclick: () => model.send({do: "refresh"})}, "Refresh"));
   const list = el("div", {class: "list", role: "group", "aria-label": "episodes"}), goal = el("div", {class: "goal"}), box = el("div", {class: "film"}), facts = el("div", {class: "facts"});
-  root.append(bar, note, el("div", {class: "split"}, list, el("div", {style: "min-width: 0"}, goal, box, facts, el("div", {class: "soft", style: "margin-top: 8px"}, "Keys: ← → steps, ↑ ↓ episodes. ● V(s)  ■ Q(s, a) of what was done."))));
+  const doubt = el("div", {class: "note", role: "status", style: "margin-top: 8px"});
+  root.append(bar, note, el("div", {class: "split"}, list, el("div", {style: "min-width: 0"}, goal, box, facts, doubt, el("div", {class: "soft", style: "margin-top: 8px"}, "Keys: ← → steps, ↑ ↓ episodes. ● V(s)  ■ Q(s, a) of what was done."))));
   root.tabIndex = 0;
   let shown = [], strip = null;
   const draw = () => {
@@ -71,6 +72,7 @@ export default {render({model, el: root}) {
     strip.select(k);
     const last = [["step", s.step], ["V(s)", fixed(s.v)], ["Q(s, a)", fixed(s.q)], ["advantage", s.q === null || s.v === null ? "–" : fixed(s.q - s.v)], ["reward", s.reward], ["action", s.words || "end"]];
     put(facts, ...last.map(([name, value]) => el("div", {}, el("span", {class: "soft"}, name), el("b", {}, value))));
+    put(doubt, s.unknown);
   };
   root.addEventListener("keydown", e => {
     if (["INPUT", "SELECT"].includes(e.target.tagName)) return;
@@ -82,18 +84,20 @@ export default {render({model, el: root}) {
   const drawSets = () => options(sets, model.get("sets"), model.get("set"));
   model.on("change:rows", draw); model.on("change:episode", drawEpisode); model.on("change:strip", drawStrip); model.on("change:step", drawStep); model.on("change:sets", drawSets); model.on("change:set", drawSets);
   drawSets(); draw(); drawStrip();
+  const placed = new ResizeObserver(() => { // what is chosen comes into sight as soon as there is a page to see it on
+    if (!box.clientWidth) return;
+    placed.disconnect(); drawEpisode(); drawStep();
+  });
+  placed.observe(box);
+  return () => placed.disconnect();
 }};
 """
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-007
-class TrajectoryExplorer(Explorer):
+class TrajectoryExplorer(Recorded):
     "An episode as a film strip with its values"
     _esm = SHARED + PLOT_JS + TRAJECTORY_JS
-    sets = T.List(T.Unicode()).tag(sync=True) # of episodes
-    set = T.Unicode("episodes").tag(sync=True) # the one on show
     rows = T.List().tag(sync=True) # its episodes
-    episode = T.Int(0).tag(sync=True) # the one on show
-    step = T.Int(0).tag(sync=True) # the one chosen
     strip = T.Dict().tag(sync=True) # its steps and pictures
 
     def __init__(self,
@@ -106,8 +110,7 @@ class TrajectoryExplorer(Explorer):
         self.observe(lambda _: self.attempt(self.show_episode), "episode")
 
     def do_refresh(self):
-        self.sets = self.run.sets()
-        if self.sets and self.set not in self.sets: self.set = self.sets[0]
+        self.find_sets()
         self.attempt(self.show_set)
         if not self.sets: self.note = "\n".join(self.run.lacks().values())
 
@@ -126,10 +129,11 @@ def show_episode(self:TrajectoryExplorer):
     rows, lacking = self.run.steps(self.set, self.episode), self.run.lacks()
     try: q, v = self.run.values(self.set, self.episode)
     except DigiqError as e: q = v = [float("nan")]*len(rows); lacking["critic"] = f"No V and Q: {e}"
-    steps = [plain(r.action) | dict(step=int(r.step), reward=round(float(r.reward), 3), error=r.error, q=number(a), v=number(b)) for r, a, b in zip(rows.itertuples(), q, v)]
+    steps = [plain(r.action) | dict(step=int(r.step), reward=round(float(r.reward), 3), error=r.error,
+        q=number(a), v=number(b), unknown=self.run.unknown(b)) for r, a, b in zip(rows.itertuples(), q, v)]
     shots = frames([self.run.picture(self.set, self.episode, s) for s in rows.step])
     with self.hold_sync():
-        self.step = min(self.step, len(rows) - 1)
+        self.step = min(self.step, max(len(rows) - 2, 0)) # at an episode's end there are no candidates
         self.strip = dict(episode=self.episode, goal=rows.goal[0], level=int(rows.level[0]), success=bool(rows.reward.max() >= 1), steps=steps, size=self.run.size(self.set, self.episode), **shots)
         self.note = "\n".join(lacking.values())
 
@@ -155,8 +159,9 @@ export default {render({model, el: root}) {
     const order = s.rows.map((r, i) => [r, i]).sort((a, b) => (a[0].advantage ?? -9) - (b[0].advantage ?? -9)); // the best on top
     const marks = order.filter(([r]) => place(r)).map(([r, i]) => { const m = mark(r, H, diverging(r.advantage, most)); m.append(el("title", {}, `${r.words}: advantage ${fixed(r.advantage)}`)); return join(i, m); });
     const chips = order.filter(([r]) => !place(r)).reverse().map(([r, i]) => join(i, el("span", {class: "chip"}, el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}), r.words)));
-    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null, legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage"));
-    put(goal, s.goal, el("span", {class: "soft"}, `   episode ${s.episode}, step ${s.step}, V = ${fixed(s.v)}, ${s.rows.length} distinct candidates`));
+    put(left, el("div", {class: "screen"}, screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)), chips.length ? el("div", {class: "chips"}, ...chips) : null,
+      legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage", s.unknown));
+    put(goal, s.goal, el("span", {class: "soft"}, `   episode ${s.episode}, step ${s.step}, V ${fixed(s.v)}, ${s.rows.length} distinct candidates`));
     const [key, way] = sort, value = r => key === "v" ? s.v : r[key] ?? -1e9;
     const rows = s.rows.map((r, i) => [r, i]).sort(([a], [b]) => way * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : value(a) - value(b)));
     const head = COLUMNS.map(([k, name]) => el("th", {scope: "col", "aria-sort": k === key ? (way > 0 ? "ascending" : "descending") : "none"}, el("button", {onclick: () => { sort = [k, k === key ? -way : k === "words" ? 1 : -1]; draw(); }}, name, k === key ? (way > 0 ? " ▲" : " ▼") : "")));
@@ -175,14 +180,10 @@ export default {render({model, el: root}) {
 """
 
 # %% ../../nbs/70d_explore.recorded.ipynb #70d-011
-class ActionExplorer(Explorer):
+class ActionExplorer(Recorded):
     "A state's candidate actions, on the screen and in a table"
     _esm = SHARED + ACTIONS_JS
-    _css = Explorer._css + ".dq .mark { cursor: pointer; } .dq .mark.on circle, .dq .mark.on path { stroke: #111; stroke-width: 5; } .dq .mark.on { filter: drop-shadow(0 0 4px #fff) drop-shadow(0 0 7px #000); }"
-    sets = T.List(T.Unicode()).tag(sync=True) # of episodes
-    set = T.Unicode("episodes").tag(sync=True) # the one on show
-    episode = T.Int(0).tag(sync=True) # its number
-    step = T.Int(0).tag(sync=True) # of the episode
+    _css = Recorded._css + ".dq .mark { cursor: pointer; } .dq .mark.on circle, .dq .mark.on path { stroke: #111; stroke-width: 5; } .dq .mark.on { filter: drop-shadow(0 0 4px #fff) drop-shadow(0 0 7px #000); }"
     state = T.Dict().tag(sync=True) # the screen and the candidates
     selected = T.Int(-1).tag(sync=True) # place of a candidate in `state["rows"]`, -1 for none
 
@@ -192,8 +193,6 @@ class ActionExplorer(Explorer):
         **traits, # `set`, `episode` or `step` to begin with
     ):
         super().__init__(run, **traits)
-        self.sets = self.run.sets()
-        if self.sets and self.set not in self.sets: self.set = self.sets[0]
         self.shown = None
         self.observe(lambda _: self.attempt(self.show), ["set", "episode", "step"])
         if follow: self.go_with(follow)
@@ -209,11 +208,12 @@ def show(self:ActionExplorer):
     if self.step >= len(rows): self.step = len(rows) - 1; return
     if self.shown == (where := (self.set, self.episode, self.step)): return
     found, v = self.run.candidates(self.set, self.episode, self.step)
+    unknown = self.run.unknown(v)
     table = [plain(r.action) | dict(count=int(r.count_), recorded=bool(r.recorded), q1=number(r.q1), q2=number(getattr(r, "q2", r.q1)), advantage=number(r.advantage), log_prob=number(r.log_prob), chosen=bool(r.chosen))
              for r in found.rename(columns={"count": "count_"}).itertuples()]
     with self.hold_sync():
         self.selected = -1
         self.state = dict(episode=self.episode, step=self.step, goal=rows.goal[0], v=number(v), rows=table, shot=self.run.picture(self.set, self.episode, self.step), size=self.run.screen(self.set, self.episode, self.step).size,
-                          scale=scale(found.advantage, v))
+                          scale=None if unknown else scale(found.advantage, v), unknown=unknown)
         self.note = "\n".join(["The episode has ended here: nothing was done, and there are no candidates."]*ended(rows, self.step) + list(self.run.lacks().values()))
     self.shown = where
