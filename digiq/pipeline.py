@@ -367,7 +367,7 @@ def preset_of(
     found, _ = recorded_settings(path, given)
     name = read_json(path/"metrics.json").get("preset", given.name) if (path/"metrics.json").exists() else given.name
     found = replace(found, name=name, devices=given.devices, evaluation=given.evaluation)
-    return from_dict(Preset, overlay(to_dict(found), overrides))
+    return from_dict(Preset, overlay(old := to_dict(found), _typed(old, overrides)))
 
 # %% ../nbs/65_pipeline.ipynb #65-032
 @patch

@@ -12,7 +12,7 @@ from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_
 from digiq.tasks import load
 
 SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(temperature=1., episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),
-             embedding=dict(states=32), critic=dict(steps=6, batch=16, gamma=.9), actor=dict(steps=4, batch=8), evaluation=dict(temperatures=(0., 1.), tuning=8, most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
+             embedding=dict(states=32), critic=dict(steps=6, batch=16, gamma=.9), actor=dict(steps=4, batch=8), evaluation=dict(temperatures=(0., 1.), supports=(0., 1.), tuning=8, most=16, phones=8, shard=8, rerank=2, states=6, returns=20))
 
 
 def make(folder):

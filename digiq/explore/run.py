@@ -21,7 +21,7 @@ from PIL import Image
 
 from .. import evaluation, extraction, rollout
 from ..actions import ActionError, in_words, is_valid, parse
-from ..core import ConfigError, DigiqError, read_json
+from ..core import ConfigError, DataError, DigiqError, read_json
 from ..data import Embeddings, EpisodeStore, Proposals, decode_screen, encode_screen
 from ..extraction import Scores
 from ..phone import SimPhone
@@ -165,7 +165,8 @@ def opening(self:RunView,
     "What to show first: what teaches most, or a set's first state where no V of a success is stored."
     states = self._states() if name == "episodes" else None
     if states is not None and states.success.any(): return teaches_most(states)
-    return int(self.episodes(name).episode.iloc[0]), 0
+    try: return int(self.episodes(name).episode.iloc[0]), 0
+    except DataError: return 0, 0 # a run that is being written
 
 # %% ../../nbs/70_explore.run.ipynb #70-015
 @patch
