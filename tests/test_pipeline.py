@@ -123,7 +123,7 @@ def test_again_changes_nothing(models, whole, changes):
     ("critic.gamma=0.5", "already holds stage critic with other settings (preset.critic.gamma was 0.9, now 0.5)"),
     ("collection.episodes=3", "collection.episodes is 3: it must be at least 10"),
     ("critic.gama=0.5", "critic.gama is not a setting of CriticConfig; the nearest one is gamma"),
-    ("evaluation.rerank=3", "evaluations/filtered_bc_rerank with other settings (preset.evaluation.rerank was 2, now 3)"),
+    ("evaluation.rerank=3", "tuning/filtered_bc_rerank with other settings (preset.evaluation.rerank was 2, now 3)"),
 ])
 def test_one_line_says_what_is_wrong(models, whole, change, told):
     before = figures(whole)
