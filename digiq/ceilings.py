@@ -87,7 +87,7 @@ def oracle_scores(
 def right_labels(
     found:pd.DataFrame, # as `truths` makes it
     scores:Scores, # of a critic, on the same rows
-    supports:Sequence[float]=(0., .05, .1, .2, .5, 1.) # values of `extraction.support`
+    supports:Sequence[float]=(0., .05, .1, .2, .5, 1.) # powers of the number of proposals that multiplies Q
 ) -> pd.DataFrame: # rows with support, right (share of the states, 0..1), states
     "How often the best candidate by a critic is good, in states where candidates differ"
     if (found.action.to_numpy(object) != scores.action).any(): raise DataError("scores and truths are of other candidates: score this run's again")

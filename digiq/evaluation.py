@@ -93,7 +93,7 @@ def _row(agent, r, temperatures):
 
 # %% ../nbs/60_evaluation.ipynb #60-010a
 COLOURS = dict(
-    behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq_paper="#009E73", digiq="#0072B2",
+    behaviour="#999999", filtered_bc="#E69F00", most_proposed="#CC79A7", digiq="#0072B2",
     behaviour_rerank="#CCCCCC", filtered_bc_rerank="#F0C96B", digiq_vote="#D55E00", digiq_rerank="#56B4E9") # safe for colour-blind readers
 
 def plot_success(

@@ -42,7 +42,7 @@ def supported(
 # %% ../nbs/51_extraction.ipynb #51-009a
 def best(
     scores:Scores, # a table
-    support:float=0. # power of the number of proposals that multiplies Q; 0 is the paper's rule
+    support:float=0. # power of the number of proposals that multiplies Q; 0 is the published rule
 ) -> np.ndarray: # int64 [states with a valid candidate], row of the best one; the first recorded wins a tie
     "The row of each state's best valid candidate"
     rows = np.flatnonzero(scores.valid)
@@ -53,16 +53,12 @@ def best(
 # %% ../nbs/51_extraction.ipynb #51-010
 def best_of_n(
     scores:Scores, # a table
-    threshold:float=0., # smallest advantage worth learning from, epsilon; -1 or less for none
-    support:float=0., # see `best`
-    floor:float=-1. # smallest V worth learning from; -1 or less for none
+    threshold:float=0. # smallest advantage worth learning from, epsilon; -1 or less for none
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate and their weights
-    "Imitate the best candidate where it beats the state's value"
-    rows = best(scores, support)
-    rows = rows[_above(scores.q[rows] - scores.v[rows], threshold) & _above(scores.v[rows], floor)]
+    "Imitate the best candidate where it beats the state's value (paper, section 4.3)"
+    rows = best(scores)
+    if threshold > -1: rows = rows[scores.q[rows] - scores.v[rows] > threshold]
     return rows, np.ones(len(rows), np.float32)
-
-def _above(x, least): return (x > least) | (least <= -1) # a critic that regresses may be below -1
 
 # %% ../nbs/51_extraction.ipynb #51-014
 def most_proposed(
@@ -113,11 +109,8 @@ def reinforce(
 @dataclass(frozen=True)
 class ExtractionConfig:
     "From scores to weights"
-    method: str = "best_of_n"  # best_of_n, paper, awr, reinforce, sft, filtered_bc or most_proposed
-    threshold: float = -1.     # Best-of-N: smallest advantage worth learning from; -1 or less for none
-    floor: float = 1e-3        # Best-of-N: smallest V worth learning from; -1 or less for none
-    support: float = 0.        # Best-of-N: power of the number of proposals, kappa
-    epsilon: float = 0.        # the paper's rule: smallest advantage worth learning from
+    method: str = "best_of_n"  # best_of_n, awr, reinforce, sft, filtered_bc or most_proposed
+    threshold: float = 0.      # Best-of-N: smallest advantage worth learning from, epsilon; -1 or less for none
     beta: float = 0.05         # AWR: temperature in units of value
     scale: float = 5.          # REINFORCE: factor of the advantage
 
@@ -128,8 +121,7 @@ def weights(
 ) -> tuple[np.ndarray, np.ndarray]: # rows to imitate, int64 [k], and weights, float32 [k]; none is 0
     "What to imitate, and how much. Raises `ConfigError` for a method that does not exist."
     rules = dict(
-        best_of_n=lambda: best_of_n(scores, cfg.threshold, cfg.support, cfg.floor),
-        paper=lambda: best_of_n(scores, cfg.epsilon),
+        best_of_n=lambda: best_of_n(scores, cfg.threshold),
         awr=lambda: awr(scores, cfg.beta), reinforce=lambda: reinforce(scores, cfg.scale),
         sft=lambda: sft(scores), filtered_bc=lambda: filtered_bc(scores), most_proposed=lambda: most_proposed(scores))
     if cfg.method not in rules:

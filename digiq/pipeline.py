@@ -256,7 +256,7 @@ STAGES = { # stage: what it is made from, and the settings of its own
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
 # %% ../nbs/65_pipeline.ipynb #65-022
-RULES = {"digiq": None, "digiq_paper": "paper", **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
+RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
 def made_from(
     stage:str, # name of a stage
@@ -741,7 +741,7 @@ def score(self:Experiment) -> Scores:
 # %% ../nbs/65_pipeline.ipynb #65-057
 @patch
 def train_policy(self:Experiment,
-    name:str, # "digiq", or the name of another rule: "digiq_paper", "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
+    name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
 ) -> dict: # last loss, and its history
     "Extract a policy from the scores by a rule."
     if name not in RULES: raise DigiqError(f"there is no policy {name!r}: choose one of {', '.join(RULES)}")

@@ -61,8 +61,8 @@ def run(lab):
     "Every stage, as nbs/train.ipynb has them."
     lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed()
     lab.train_critic(); lab.train_critic(representation=False); lab.score()
-    for name in ("filtered_bc", "digiq_paper", "digiq"): lab.train_policy(name)
-    for name in ("behaviour", "filtered_bc", "digiq_paper", "digiq", "filtered_bc_rerank", "digiq_rerank"): lab.evaluate(name)
+    for name in ("filtered_bc", "digiq"): lab.train_policy(name)
+    for name in ("behaviour", "filtered_bc", "digiq", "filtered_bc_rerank", "digiq_rerank"): lab.evaluate(name)
     lab.check_critic(); lab.reliability()
     return lab
 

@@ -72,7 +72,7 @@ def whole(models, tmp_path_factory):
 def test_metrics(whole):
     metrics = figures(whole)
     assert metrics["preset"] == "smoke" and metrics["seed"] == 0
-    trained = {"behaviour", "filtered_bc", "digiq_paper", "digiq"}
+    trained = {"behaviour", "filtered_bc", "digiq"}
     assert set(metrics["success"]) == trained | {"filtered_bc_rerank", "digiq_rerank"} == set(metrics["temperatures"])
     again = {name: {"1 support 0", "1 support 1"} for name in ("filtered_bc_rerank", "digiq_rerank")} # samples at 0 are all alike
     assert {name: {"0", "1"} for name in trained} | again == {name: set(rates) for name, rates in metrics["tuning"].items()}

@@ -177,7 +177,7 @@ def published(tmp_path_factory):
 def small(folder, **changes):
     "The published settings at small sizes."
     critic = dict(text_encoder=str(folder/"roberta"), q_hidden=[20, 16], v_hidden=[16], steps=8, batch=8, accumulate=2, tau_every=4, save_every=4)
-    return dict(device="cpu", workers=1, policy=str(folder/"Auto-UI-Base"), collection=dict(recorded=str(folder/"out")), critic=critic, extraction=dict(threshold=-1., floor=-1.), actor=dict(steps=8, batch=4, accumulate=2, save_every=4), **changes)
+    return dict(device="cpu", workers=1, policy=str(folder/"Auto-UI-Base"), collection=dict(recorded=str(folder/"out")), critic=critic, extraction=dict(threshold=-1.), actor=dict(steps=8, batch=4, accumulate=2, save_every=4), **changes)
 
 
 @pytest.fixture(scope="module")

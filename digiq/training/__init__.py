@@ -452,7 +452,7 @@ def fit_policy(
 ) -> list[dict]: # learning curve: step, loss
     "Imitate chosen candidates by weight"
     rows, w = chosen
-    if not len(rows): raise DataError("no candidate has weight: lower extraction.threshold or extraction.floor, or collect more episodes")
+    if not len(rows): raise DataError("no candidate has weight: lower extraction.threshold, or collect more episodes")
     w = w/np.abs(w).mean()
     team = Team(str(policy.device))
     seed_all(seed, "actor", *([team.place] if team.place else []))
