@@ -18,8 +18,8 @@ def linger(*_): # 3 s, then end
     time.sleep(3)
     os._exit(0)
 if kind == "stubborn": signal.signal(signal.SIGTERM, linger)
-from digiq.devices.adbd import Adbd
-from digiq.devices.android import Android, Traits
+from digiq.play.adbd import Adbd
+from digiq.play.android import Android, Traits
 from digiq.phone import SimPhone
 android = Android(SimPhone(), f"EMULATOR{port}", traits=Traits(**{name: ("pm clear",) if name == "refuses" else True for name in kind.split(".") if kind in traits}))
 android.properties["sys.boot_completed"] = ""

@@ -3,12 +3,12 @@ import torch
 import yaml
 
 from digiq import actions as A
-from digiq.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
+from digiq.workshop.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
 from digiq.core import DigiqError, progress, seed_all
 from digiq.env import DeviceEnv, prompt
 from digiq.phone import SimPhone, oracle
-from digiq.pipeline import Experiment, load_preset
-from digiq.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
+from digiq.runs.pipeline import Experiment, load_preset
+from digiq.method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
 SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(temperature=1., episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),

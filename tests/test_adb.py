@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digiq.devices import adbd
-from digiq.devices.adb import AdbDevice, AdbSettings
-from digiq.devices.adbd import Adbd, adb_server
-from digiq.devices.android import COMMANDS, Android
+from digiq.play.adb import AdbDevice, AdbSettings
+from digiq.play.adbd import Adbd, adb_server
+from digiq.play.android import COMMANDS, Android
 from digiq.env import DeviceError
 from digiq.phone import SimPhone
 

@@ -2,8 +2,8 @@
 import papermill
 from notebooks import root
 
-from digiq.policy import Policy
-from digiq.representation import VLM
+from digiq.method.policy import Policy
+from digiq.vlm.representation import VLM
 
 
 def test_base_models_are_made_and_load(tmp_path, monkeypatch):

@@ -16,15 +16,15 @@ from PIL import Image
 from digiq.core import DigiqError, read_json
 from digiq.data import EpisodeStore, encode_screen
 from digiq.devices import emulator
-from digiq.devices.adb import AdbSettings, Refused
-from digiq.devices.adbd import Adbd, adb_server
-from digiq.devices.android import Android
-from digiq.devices.emulator import Emulators, EmulatorSettings
+from digiq.play.adb import AdbSettings, Refused
+from digiq.play.adbd import Adbd, adb_server
+from digiq.play.android import Android
+from digiq.play.emulator import Emulators, EmulatorSettings
 from digiq.env import DeviceError, check_device
-from digiq.judges import Judge, JudgeSettings, kappa
+from digiq.play.judges import Judge, JudgeSettings, kappa
 from digiq.phone import SimPhone
-from digiq.pipeline import load_preset, open_run
-from digiq.rollout.__main__ import main
+from digiq.runs.pipeline import load_preset, open_run
+from digiq.runs.rollout import main
 from digiq.tasks import load
 
 adb = shutil.which("adb")
@@ -133,7 +133,7 @@ def within(seconds, true):
 
 OWNER = """
 import sys, time
-from digiq.devices.emulator import Emulators, EmulatorSettings
+from digiq.play.emulator import Emulators, EmulatorSettings
 with Emulators(EmulatorSettings("slow", count=2, port=5640, stagger=.1), kvm="/dev/null"):
     print("up", flush=True)
     time.sleep(60)
@@ -154,7 +154,7 @@ import runpy, sys
 from digiq.devices import emulator
 emulator.check_kvm = lambda path: None
 sys.argv[1:] = ["collect", sys.argv[1], "--preset", "smoke", "--device", "emulator", "--avd", "loop", "--emulators", "1"]
-runpy.run_module("digiq.rollout", run_name="__main__", alter_sys=True)
+runpy.run_module("digiq.play.rollout", run_name="__main__", alter_sys=True)
 """
 
 
@@ -231,7 +231,7 @@ def test_a_judge_waits_for_a_line_that_is_being_written_and_drops_one_that_never
 def test_processes_share_the_verdicts_and_the_budget_of_a_judge(tmp_path):
     program = """import sys
 from PIL import Image
-from digiq.judges import DigiqError, Judge, JudgeSettings
+from digiq.play.judges import DigiqError, Judge, JudgeSettings
 first, url, log = int(sys.argv[1]), *sys.argv[2:]
 judge = Judge(JudgeSettings("some-vlm", url, "", budget=12), log)
 try:

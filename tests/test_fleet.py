@@ -9,13 +9,13 @@ from adbutils import AdbClient
 from digiq.actions import render, tap
 from digiq.core import Run, derive_seed
 from digiq.data import EpisodeStore
-from digiq.devices.adb import AdbDevice, AdbSettings, ask_phone
-from digiq.devices.adbd import Adbd, adb_server
-from digiq.devices.android import Android
+from digiq.play.adb import AdbDevice, AdbSettings, ask_phone
+from digiq.play.adbd import Adbd, adb_server
+from digiq.play.android import Android
 from digiq.env import DeviceEnv
-from digiq.fleet import FleetSettings, collect_fleet
+from digiq.play.fleet import FleetSettings, collect_fleet
 from digiq.phone import SimPhone
-from digiq.rollout import Rollout
+from digiq.play.rollout import Rollout
 from digiq.tasks import load
 
 root = Path(__file__).parent.parent
@@ -29,8 +29,8 @@ from types import SimpleNamespace
 from digiq.actions import press, render, tap
 from digiq.core import DigiqError, Run
 from digiq.env import DeviceEnv, DeviceError, ScriptedDevice
-from digiq.fleet import FleetSettings, collect_fleet
-from digiq.rollout import Rollout
+from digiq.play.fleet import FleetSettings, collect_fleet
+from digiq.play.rollout import Rollout
 
 class Frail(ScriptedDevice):
     "Fails now and then; hangs once in a while."

@@ -9,7 +9,7 @@ import yaml
 
 from digiq.core import ConfigError, DataError, DigiqError, read_json, to_dict
 from digiq.data import Embeddings, EpisodeStore
-from digiq.pipeline import Experiment
+from digiq.runs.pipeline import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,8 +193,8 @@ def test_several_processes_as_users_start_them(models, whole, tmp_path):
     "torchrun and notebook_launcher are one training by two processes, not two by one."
     preset = tmp_path/"preset.yaml"
     preset.write_text(yaml.safe_dump(to_dict(standins.experiment(models, whole).preset)))
-    starts = dict(torchrun=[f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node", "2", "-m", "digiq.training", "--preset", preset, "--run-dir"],
-                  notebook=[sys.executable, "-c", "import sys; from accelerate import notebook_launcher; from digiq.training.__main__ import train; notebook_launcher(train, sys.argv[1:], num_processes=2)", preset])
+    starts = dict(torchrun=[f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node", "2", "-m", "digiq.method.training", "--preset", preset, "--run-dir"],
+                  notebook=[sys.executable, "-c", "import sys; from accelerate import notebook_launcher; from digiq.runs.training import train; notebook_launcher(train, sys.argv[1:], num_processes=2)", preset])
     found = {}
     for name, command in starts.items():
         run = tmp_path/name

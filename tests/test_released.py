@@ -12,15 +12,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, BlipImageProcessorPil, OPTConfig, RobertaConfig, RobertaModel
 
 from digiq.actions import decision, press, render, tap, type_text
-from digiq.conversion import convert
+from digiq.released.episodes import convert
 from digiq.core import ConfigError, DataError
 from digiq.data import Embeddings
 from digiq.env import prompt
 from digiq.explore import ActionExplorer, TrajectoryExplorer
-from digiq.pipeline import load_preset, open_run
-from digiq.policy import AutoUI, AutoUIConfig, tiny_tokenizer
-from digiq.torchfile import TorchFile
-from digiq.training import Bookmark
+from digiq.runs.pipeline import load_preset, open_run
+from digiq.method.policy import AutoUI, AutoUIConfig, tiny_tokenizer
+from digiq.released.torchfile import TorchFile
+from digiq.method.training import Bookmark
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTIONS = [render(tap(round(.02 + .05*i, 4), .4)) for i in range(18)] + [render(press(k)) for k in ("home", "back", "enter")] + [render(type_text("usb-c"))]
@@ -128,7 +128,7 @@ def write_large(path, gigabytes):
 
 LARGE = """
 import resource, sys
-from digiq.conversion import convert
+from digiq.released.episodes import convert
 report = convert(sys.argv[1], sys.argv[2])
 print(report["kept"], report["pairs"], len(report["oddities"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from digiq.actions import complete, press, render, swipe, tap
 from digiq.core import Run
 from digiq.env import DeviceEnv, ScriptedDevice
-from digiq.rollout import Rollout, collect
+from digiq.play.rollout import Rollout, collect
 
 class Slow:
     "A random policy that takes its time."

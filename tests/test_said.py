@@ -7,17 +7,17 @@ from endpoint import Endpoint
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from digiq.conversion import Pictures, find_form, screens_of
+from digiq.released.episodes import Pictures, find_form, screens_of
 from digiq.core import ConfigError, DataError, from_dict
 from digiq.data import decode_screen
 from digiq.foreign import disguise, pause, reason
-from digiq.judges import Judge, JudgeSettings, Verdict, read_verdict
-from digiq.pipeline import Preset, load_preset
-from digiq.policy import Policy
-from digiq.recording import SELECTORS, wrap
-from digiq.released import read_weights
+from digiq.play.judges import Judge, JudgeSettings, Verdict, read_verdict
+from digiq.runs.pipeline import Preset, load_preset
+from digiq.method.policy import Policy
+from digiq.play.recording import SELECTORS, wrap
+from digiq.released.agents import read_weights
 from digiq.tasks import MARKS, Task, overlap
-from digiq.torchfile import TorchFile
+from digiq.released.torchfile import TorchFile
 
 thinks = ("think", "thinking", "thought", "reasoning")
 prose = st.one_of(st.text(), st.text(alphabet='{}[]":, \nab')).filter(lambda t: "<" not in t and "◁" not in t and "[TH" not in t.upper())

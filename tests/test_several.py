@@ -10,13 +10,13 @@ import torch
 from digiq import actions as A
 from digiq import finetuning, training
 from digiq.core import ConfigError, DataError, seed_all
-from digiq.critic import CriticConfig
-from digiq.extraction import Scores
-from digiq.families import random_vlm
-from digiq.finetuning import Examples, finetune
-from digiq.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
-from digiq.representation import RepresentationConfig
-from digiq.training import ActorConfig, Team, Texts, Transitions, fit_critic, fit_policy
+from digiq.method.critic import CriticConfig
+from digiq.method.extraction import Scores
+from digiq.workshop.families import random_vlm
+from digiq.vlm.finetuning import Examples, finetune
+from digiq.method.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
+from digiq.vlm.representation import RepresentationConfig
+from digiq.method.training import ActorConfig, Team, Texts, Transitions, fit_critic, fit_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]

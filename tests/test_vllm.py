@@ -9,9 +9,9 @@ from PIL import Image
 
 from digiq.actions import press, render, swipe, tap, type_text
 from digiq.data import Embeddings
-from digiq.embed.hf import HFEmbedder
+from digiq.vlm.hf import HFEmbedder
 from digiq.phone import SimPhone
-from digiq.representation import VLM, RepresentationConfig
+from digiq.vlm.representation import VLM, RepresentationConfig
 from digiq.tasks import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import standins
 from PIL import Image
-from digiq.embed.base import EmbeddingError
-from digiq.embed.vllm import VLLMEmbedder
-from digiq.representation import RepresentationConfig
+from digiq.vlm.embedding import EmbeddingError
+from digiq.vlm.vllm import VLLMEmbedder
+from digiq.vlm.representation import RepresentationConfig
 
 if __name__ == "__main__": # vLLM starts processes that import this file
     folder = Path(sys.argv[1])
@@ -52,9 +52,9 @@ from urllib.request import urlopen
 import numpy as np
 import standins
 from PIL import Image
-from digiq.embed.base import EmbeddingError
-from digiq.embed.http import HTTPEmbedder
-from digiq.representation import RepresentationConfig
+from digiq.vlm.embedding import EmbeddingError
+from digiq.vlm.http import HTTPEmbedder
+from digiq.vlm.representation import RepresentationConfig
 
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 pairs = [(Image.open(folder/f"{i}.png").convert("RGB"), a) for i, a in enumerate(folder.joinpath("actions.txt").read_text().splitlines())]

@@ -10,7 +10,7 @@ import torch
 from digiq.core import DataError, DigiqError, Run, share, threads
 from digiq.data import Shards
 from digiq.env import DeviceEnv, ScriptedDevice
-from digiq.rollout import Rollout, collect
+from digiq.play.rollout import Rollout, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = [SimpleNamespace(id="count-3", goal="Count to 3", level=1)]

@@ -12,11 +12,11 @@ import numpy as np
 
 from digiq import actions as A
 from digiq.core import Run, progress
-from digiq.critic import CriticConfig
+from digiq.method.critic import CriticConfig
 from digiq.data import Embeddings, EpisodeStore, Proposals
-from digiq.policy import tiny_tokenizer
+from digiq.method.policy import tiny_tokenizer
 from digiq.tasks import load
-from digiq.training import fit_critic, load_transitions, score
+from digiq.method.training import fit_critic, load_transitions, score
 
 SCREEN = 1408 # width of a pooled image feature
 
