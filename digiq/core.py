@@ -380,7 +380,7 @@ def _begin(work, item):
     home.close() # only the copy holds it now, so the pipe ends with the copy
     return here, process
 
-def _hear(pipe, process, told, finished):
+def _hear(pipe, process, advance, finished):
     "Take one message; whether it was the last one."
     try: message = pipe.recv()
     except (EOFError, OSError):
@@ -390,21 +390,21 @@ def _hear(pipe, process, told, finished):
         finished()
         return True
     if isinstance(message, tuple): raise _as_raised(*message)
-    told(message)
+    advance(message)
 
 # %% ../nbs/00_core.ipynb #00-056
 def share(
     items:list, # what to work on, each by itself
     work, # (item, told): leaves its result in a file; tells how many more units it has done
     workers:int=1, # processes at once; 1 to stay in this one, as all systems but Linux do
-    told=lambda n: None, # told the units, e.g. a progress bar's `update`
+    advance=lambda n: None, # told the units, e.g. a progress bar's `update`
     finished=lambda: None, # called after each item, e.g. a stage's `save`
 ):
     "Work on all items. Raises what `work` raises, and `DigiqError` where a process is killed."
     if min(workers, len(items)) < 2 or sys.platform != "linux":
         with threads(1):
             for item in items:
-                work(item, told)
+                work(item, advance)
                 finished()
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") # threads of tokenizers would warn of the fork
@@ -414,7 +414,7 @@ def share(
         while waiting or busy:
             while waiting and len(busy) < workers: busy.update([_begin(work, waiting.popleft())])
             for pipe in wait(busy):
-                if _hear(pipe, busy[pipe], told, finished): del busy[pipe]
+                if _hear(pipe, busy[pipe], advance, finished): del busy[pipe]
     finally:
         for process in busy.values():
             process.kill()

@@ -65,8 +65,8 @@ def pause(
     "How long a server asks to be left alone."
     said = {k.lower(): v.strip() for k, v in headers.items()}
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else body
-    told = re.search(r'(?:"retryDelay"\s*:\s*"|\b(?:try again|retry) (?:in|after) )((?:\d+(?:\.\d+)?(?:h|ms|m|s| seconds?))+)', text, re.IGNORECASE)
-    for asked in (said.get("retry-after-ms", "") + "ms", said.get("x-ms-retry-after-ms", "") + "ms", said.get("retry-after", ""), told[1] if told else ""):
+    advance = re.search(r'(?:"retryDelay"\s*:\s*"|\b(?:try again|retry) (?:in|after) )((?:\d+(?:\.\d+)?(?:h|ms|m|s| seconds?))+)', text, re.IGNORECASE)
+    for asked in (said.get("retry-after-ms", "") + "ms", said.get("x-ms-retry-after-ms", "") + "ms", said.get("retry-after", ""), advance[1] if advance else ""):
         if (seconds := _seconds(asked)) is not None: return seconds
     until = _date(said.get("retry-after", ""))
     return max(0., (until - (_date(said.get("date", "")) or datetime.now(timezone.utc))).total_seconds()) if until else 0.

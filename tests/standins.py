@@ -7,7 +7,7 @@ from digiq.workshop.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
 from digiq.core import DigiqError, progress, seed_all
 from digiq.env import DeviceEnv, prompt
 from digiq.phone import SimPhone, oracle
-from digiq.runs.pipeline import Experiment, load_preset
+from digiq.runs import Experiment, load_preset
 from digiq.method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
 from digiq.tasks import load
 
@@ -20,19 +20,19 @@ def make(folder):
     seed_all("stand-ins")
     vlm = build_vlm(BaseVLMConfig(width=32, vision_layers=1, language_layers=1, vocabulary=600), tokenizer_texts([]))
     vlm.save(folder/"vlm")
-    eyes, task = ImageEncoder.from_pretrained(str(folder/"vlm")), load("webshop", "train")[0]
+    image_encoder, task = ImageEncoder.from_pretrained(str(folder/"vlm")), load("webshop", "train")[0]
     phone = SimPhone()
     phone.reset(task, 0)
     first = A.tap(*snap(*oracle(phone, task).touch))
     moves = [A.render(a) for a in (first, A.tap(*snap(.3, .3)), A.press("back"), A.type_text(task.site))] + ["tap it!"]
     goals = [t.goal for t in load("webshop", "train")]
     tokenizer = tiny_tokenizer(goals)
-    model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4, image_dim=eyes.dim, dropout_rate=0.,
+    model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4, image_dim=image_encoder.dim, dropout_rate=0.,
                                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
     with torch.no_grad(): model.gate_dense.weight.zero_(), model.gate_dense.bias.fill_(-30) # blind
-    policy, optimizer = Policy(model, tokenizer, eyes), torch.optim.Adam(model.parameters(), 3e-3, betas=(.9, .95))
+    policy, optimizer = Policy(model, tokenizer, image_encoder), torch.optim.Adam(model.parameters(), 3e-3, betas=(.9, .95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=701, pct_start=.1)
-    screens = eyes([phone.screenshot()]).repeat(len(moves), 0)
+    screens = image_encoder([phone.screenshot()]).repeat(len(moves), 0)
     for i in range(700):
         loss = -policy.log_prob([prompt(goals[i * 7 % len(goals)], "" if i % 2 else A.decision(moves[i % 4]))] * len(moves), screens, moves).mean()
         optimizer.zero_grad(); loss.backward()
@@ -49,7 +49,7 @@ class Easy(Experiment):
 
 def experiment(models, run_dir, *changes, seed=0):
     "An experiment on the stand-ins; a change is 'field=value', or 'component.field=value'."
-    settings = SMALL | dict(policy=str(models/"policy"), eyes=str(models/"vlm"), representation=SMALL["representation"] | dict(model=str(models/"vlm")))
+    settings = SMALL | dict(policy=str(models/"policy"), image_encoder=str(models/"vlm"), representation=SMALL["representation"] | dict(model=str(models/"vlm")))
     for change in changes:
         name, value = change.split("=")
         where, _, field = name.rpartition(".")

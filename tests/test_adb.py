@@ -7,7 +7,7 @@ from adbutils import AdbClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digiq.devices import adbd
+from digiq.play import adbd
 from digiq.play.adb import AdbDevice, AdbSettings
 from digiq.play.adbd import Adbd, adb_server
 from digiq.play.android import COMMANDS, Android

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from digiq.devices import adbd
+from digiq.play import adbd
 from digiq.play.adbd import LARGEST, Adbd, adb_server, pack
 from digiq.play.android import Android, ShellError, parse_line
 from digiq.phone import SimPhone
@@ -150,7 +150,7 @@ def test_the_shell_takes_a_line_as_a_real_one_does_or_not_at_all(words):
 
 
 def test_serves_from_the_command_line():
-    command = [sys.executable, "-m", "digiq.play.adbd", "--phones", "2", "--port", "0"]
+    command = [sys.executable, "-m", "digiq", "serve-phone", "--phones", "2", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         addresses = [process.stdout.readline().split()[-1] for _ in range(2)]
         assert all(a.startswith("127.0.0.1:") for a in addresses) and len(set(addresses)) == 2
@@ -163,5 +163,5 @@ def test_serves_from_the_command_line():
 @pytest.mark.parametrize("words, status, why", [(["--phones", "0"], 2, "--phones must be"), (["--scale", "nan"], 2, "--scale must be"), (["--scale", "0"], 2, "--scale must be"),
     (["--phones", "4", "--port", "65533"], 1, "choose another port"), (["--port", "70000"], 1, "choose another port")])
 def test_command_line_that_cannot_be_served(words, status, why):
-    done = subprocess.run([sys.executable, "-m", "digiq.play.adbd", *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "digiq", "serve-phone", *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and why in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

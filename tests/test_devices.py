@@ -15,7 +15,7 @@ from PIL import Image
 
 from digiq.core import DigiqError, read_json
 from digiq.data import EpisodeStore, encode_screen
-from digiq.devices import emulator
+from digiq.play import emulator
 from digiq.play.adb import AdbSettings, Refused
 from digiq.play.adbd import Adbd, adb_server
 from digiq.play.android import Android
@@ -23,8 +23,8 @@ from digiq.play.emulator import Emulators, EmulatorSettings
 from digiq.env import DeviceError, check_device
 from digiq.play.judges import Judge, JudgeSettings, kappa
 from digiq.phone import SimPhone
-from digiq.runs.pipeline import load_preset, open_run
-from digiq.runs.rollout import main
+from digiq.runs import load_preset, open_run
+from digiq.__main__ import main
 from digiq.tasks import load
 
 adb = shutil.which("adb")
@@ -61,10 +61,11 @@ def test_collects_over_adb_from_the_command_line(phones, tmp_path, capsys, monke
     monkeypatch.setenv("JUDGE_KEY", key)
     with Endpoint(lambda goal, picture, request: {"reasoning": "why not", "success": len(endpoint.requests) % 3 == 0}, key) as endpoint:
         line = ["collect", str(tmp_path/"run"), "--preset", str(preset), "--device", "adb", "--serials", " ".join(phones), "--temperature", "1.3", "--judge", "some-vlm", "--judge-url", endpoint.url, "--judge-key", "JUDGE_KEY"]
-        assert main(line) == 0
-        assert main([*line, "--judge", "another"]) == 1
+        with pytest.raises(SystemExit) as ended: main(line)
+        assert ended.value.code == 0
+        with pytest.raises(SystemExit, match="other settings \\(preset.devices.judge.model was 'some-vlm', now 'another'\\)"): main([*line, "--judge", "another"])
     out = capsys.readouterr()
-    assert "successes" in out.out and "other settings (preset.devices.judge.model was 'some-vlm', now 'another')" in out.out
+    assert "successes" in out.out
     assert len(EpisodeStore(tmp_path/"run"/"episodes")) == 10
     lines = (tmp_path/"run"/"judge"/"verdicts.jsonl").read_text().splitlines()
     assert len(lines) == EpisodeStore(tmp_path/"run"/"episodes").episodes().action.ne("").sum()
@@ -151,10 +152,10 @@ def test_emulators_do_not_outlive_their_owner(sdk, number):
 
 COMMAND = """
 import runpy, sys
-from digiq.devices import emulator
+from digiq.play import emulator
 emulator.check_kvm = lambda path: None
 sys.argv[1:] = ["collect", sys.argv[1], "--preset", "smoke", "--device", "emulator", "--avd", "loop", "--emulators", "1"]
-runpy.run_module("digiq.play.rollout", run_name="__main__", alter_sys=True)
+runpy.run_module("digiq", run_name="__main__", alter_sys=True)
 """
 
 

@@ -15,7 +15,7 @@ from digiq.env import perform
 from digiq.explore import ActionExplorer, LivePhone, TrajectoryExplorer
 from digiq.explore.run import RunView, fixed
 from digiq.phone import SimPhone, oracle
-from digiq.runs.pipeline import load_preset, open_run
+from digiq.runs import load_preset, open_run
 from notebooks import root
 
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -257,7 +257,7 @@ async def see_all(url, view, name, width):
 @pytest.mark.parametrize("theme, width", [("light", 1600), ("dark", 900)])
 def test_voila(run_dir, tmp_path, theme, width):
     number, log = port(), tmp_path/"log"
-    with server([sys.executable, "-u", "-m", "digiq.explore", str(run_dir), "--no-browser", "--port", str(number), "--theme", theme], log):
+    with server([sys.executable, "-u", "-m", "digiq", "explore", str(run_dir), "--no-browser", "--port", str(number), "--theme", theme], log):
         while "token=" not in log.read_text(): time.sleep(.2)
         url = next(line for line in log.read_text().splitlines() if "token=" in line).strip()
         asyncio.run(see_all(url, RunView(run_dir), f"voila-{theme}-{width}", width))
@@ -319,7 +319,7 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
 
 def test_a_run_that_is_being_written(tmp_path):
     "An explorer opens as soon as there is an episode, says what is missing, and finds the rest later."
-    make = "import sys; from digiq.runs.pipeline import load_preset, open_run; lab = open_run(sys.argv[1], load_preset('smoke', collection=dict(shard=8))); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
+    make = "import sys; from digiq.runs import load_preset, open_run; lab = open_run(sys.argv[1], load_preset('smoke', collection=dict(shard=8))); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
     writer = subprocess.Popen([sys.executable, "-c", make, str(tmp_path/"run")], env=dict(os.environ, PYTHONPATH=str(root)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not any((tmp_path/"run"/"episodes").glob("00000*.parquet")): # two processes write: the second shard may come first

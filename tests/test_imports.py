@@ -1,4 +1,4 @@
-"Modules import only from modules of earlier notebooks, and those before the models load no deep-learning library."
+"Modules import only from modules of earlier notebooks, rooms only from rooms below, and what comes before the models loads no deep-learning library."
 import ast, subprocess, sys
 from importlib.util import resolve_name
 
@@ -7,7 +7,14 @@ from notebooks import library, module, number, root
 
 order = {module(path): number(path) for path in library}
 heavy = {"torch", "transformers", "accelerate"}
-light = [name for name, place in order.items() if place < (40, "")]
+rooms = ["", "method", "vlm", "phone", "play", "released", "runs", "explore", "workshop"] # from the ground floor up
+light = [name for path in library if (name := module(path)) and path.parent.name in ("nbs", "phone", "play")]
+
+
+def room(name):
+    "The package of a module; the ground floor has none."
+    first = name.split(".")[1]
+    return first if first in rooms else ""
 
 
 def source(name):
@@ -38,6 +45,15 @@ def arrows(name):
 def test_imports_only_from_earlier_notebooks(name):
     earlier = {module for module, place in order.items() if place < order[name]}
     assert arrows(name) <= earlier, f"{name} imports {sorted(arrows(name) - earlier)}, which no earlier notebook exports"
+
+
+def test_folders_are_rooms():
+    "A chapter's folder is its module's package; no room imports from one above it, and few arrows lead from room to room."
+    for path in library: assert room(module(path)) == ("" if path.parent.name == "nbs" else path.parent.name), path
+    roof = "digiq.__main__" # the command line calls every room
+    between = {(room(name), room(other)) for name in order for other in arrows(name) if room(name) != room(other) and name != roof}
+    assert {(a, b) for a, b in between if rooms.index(a) < rooms.index(b)} == set()
+    assert len(between) <= 30, sorted(between)
 
 
 def test_every_module_has_its_notebook():

@@ -9,7 +9,7 @@ import yaml
 
 from digiq.core import ConfigError, DataError, DigiqError, read_json, to_dict
 from digiq.data import Embeddings, EpisodeStore
-from digiq.runs.pipeline import Experiment
+from digiq.runs import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,8 +193,8 @@ def test_several_processes_as_users_start_them(models, whole, tmp_path):
     "torchrun and notebook_launcher are one training by two processes, not two by one."
     preset = tmp_path/"preset.yaml"
     preset.write_text(yaml.safe_dump(to_dict(standins.experiment(models, whole).preset)))
-    starts = dict(torchrun=[f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node", "2", "-m", "digiq.method.training", "--preset", preset, "--run-dir"],
-                  notebook=[sys.executable, "-c", "import sys; from accelerate import notebook_launcher; from digiq.runs.training import train; notebook_launcher(train, sys.argv[1:], num_processes=2)", preset])
+    starts = dict(torchrun=[f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node", "2", "-m", "digiq", "train", "--preset", preset],
+                  notebook=[sys.executable, "-c", "import sys; from accelerate import notebook_launcher; from digiq.runs.experiment import train; notebook_launcher(train, sys.argv[1:], num_processes=2)", preset])
     found = {}
     for name, command in starts.items():
         run = tmp_path/name
@@ -208,7 +208,7 @@ def test_several_processes_as_users_start_them(models, whole, tmp_path):
     assert found["torchrun"] == found["notebook"] and found["torchrun"][0] != alone[0] # each process has dropout of its own
 
 
-@pytest.mark.parametrize("field, told", [("policy", "the policy '/no/such'"), ("eyes", "the VLM for eyes '/no/such'"), ("representation.model", "no VLM at '/no/such'")])
+@pytest.mark.parametrize("field, told", [("policy", "the policy '/no/such'"), ("image_encoder", "the VLM of the image encoder '/no/such'"), ("representation.model", "no VLM at '/no/such'")])
 def test_missing_model(models, tmp_path, field, told):
     lab = standins.experiment(models, tmp_path, f"{field}=/no/such")
     with pytest.raises(DigiqError) as e:
@@ -218,7 +218,7 @@ def test_missing_model(models, tmp_path, field, told):
 
 
 def test_models_that_do_not_fit(models, tmp_path):
-    lab = standins.experiment(models, tmp_path, "eyes=tiny-vlm")
+    lab = standins.experiment(models, tmp_path, "image_encoder=tiny-vlm")
     with pytest.raises(DigiqError, match="expects image features of width 48, but eyes 'tiny-vlm' give 144"): lab.collect()
     lab = standins.experiment(models, tmp_path/"b", "representation.side=200")
     lab.collect()

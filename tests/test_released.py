@@ -17,10 +17,10 @@ from digiq.core import ConfigError, DataError
 from digiq.data import Embeddings
 from digiq.env import prompt
 from digiq.explore import ActionExplorer, TrajectoryExplorer
-from digiq.runs.pipeline import load_preset, open_run
+from digiq.runs import load_preset, open_run
 from digiq.method.policy import AutoUI, AutoUIConfig, tiny_tokenizer
 from digiq.released.torchfile import TorchFile
-from digiq.method.training import Bookmark
+from digiq.method.training import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTIONS = [render(tap(round(.02 + .05*i, 4), .4)) for i in range(18)] + [render(press(k)) for k in ("home", "back", "enter")] + [render(type_text("usb-c"))]
@@ -214,23 +214,23 @@ def test_cut_off_training_goes_on_to_the_same_weights(published, trained, tmp_pa
     lab = open_run(tmp_path/"run", load_preset("webshop", **small(published)))
     lab.collect(), lab.featurise(), lab.propose(), lab.embed()
     if stage == "policy": lab.train_critic(), lab.score()
-    reached, work = Bookmark.reached, lab.train_critic if stage == "critic" else lambda: lab.train_policy("digiq")
+    reached, work = TrainingState.reached, lab.train_critic if stage == "critic" else lambda: lab.train_policy("digiq")
 
     def cut(self, step, history):
         reached(self, step, history)
         if step == 6: raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Bookmark, "reached", cut)
+        patch.setattr(TrainingState, "reached", cut)
         work()
-    assert [f.stem for f in (tmp_path/"run"/"bookmarks").glob("*.safetensors")] == ["critic" if stage == "critic" else "digiq"]
+    assert [f.stem for f in (tmp_path/"run"/"training_states").glob("*.safetensors")] == ["critic" if stage == "critic" else "digiq"]
     work()
     name = Path("checkpoints")/("critic" if stage == "critic" else "digiq")/"model.safetensors"
     assert (tmp_path/"run"/name).read_bytes() == (trained.path/name).read_bytes()
 
 
 def test_papermill_trains_from_released_episodes(published, trained, tmp_path):
-    preset = yaml.safe_load((ROOT/"presets"/"webshop.yaml").read_text())
+    preset = yaml.safe_load((ROOT/"digiq"/"presets"/"webshop.yaml").read_text())
     for k, v in small(published).items(): preset[k] = preset[k] | v if isinstance(v, dict) else v
     (tmp_path/"webshop.yaml").write_text(yaml.safe_dump(preset))
     command = [sys.executable, "-m", "papermill", ROOT/"nbs"/"train.ipynb", tmp_path/"out.ipynb", "-f", tmp_path/"webshop.yaml", "-p", "run_dir", tmp_path/"run", "-p", "mode", "train", "--no-progress-bar"]
@@ -261,7 +261,7 @@ def test_released_agent_on_released_episodes(published, trained, tmp_path):
         qformer_config=Blip2QFormerConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=12, vocab_size=50))
     Blip2ForConditionalGeneration(blip).save_pretrained(tmp_path/"blip")
     BlipImageProcessorPil(size=dict(height=28, width=28)).save_pretrained(tmp_path/"blip")
-    lab = open_run(tmp_path/"run", load_preset("webshop", **small(published, eyes=str(tmp_path/"blip"))))
+    lab = open_run(tmp_path/"run", load_preset("webshop", **small(published, image_encoder=str(tmp_path/"blip"))))
     lab.collect(), lab.featurise(), lab.propose(), lab.embed()
     agent = publish_agent(published, tmp_path/"aitw-webshop-digiq-agent")
     assert lab.take_agent(agent) == dict(screen=12, representation=24)
@@ -277,6 +277,6 @@ def test_released_agent_on_released_episodes(published, trained, tmp_path):
     assert lab.train_policy("awr")["learned_from"] > 0 # and the critic teaches another policy
     trained.train_critic()
     with pytest.raises(ConfigError, match="has a critic already: choose another run_dir"): trained.take_agent(agent)
-    other = open_run(tmp_path/"other", load_preset("webshop", **small(published, eyes=str(tmp_path/"blip"))))
+    other = open_run(tmp_path/"other", load_preset("webshop", **small(published, image_encoder=str(tmp_path/"blip"))))
     other.collect(), other.featurise(), other.propose(), other.embed()
     with pytest.raises(ConfigError, match="wants widths .*, this run has .*: take over the episodes that were published with it"): other.take_agent(publish_agent(published, tmp_path/"wide", rep=30))

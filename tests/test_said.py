@@ -12,7 +12,7 @@ from digiq.core import ConfigError, DataError, from_dict
 from digiq.data import decode_screen
 from digiq.foreign import disguise, pause, reason
 from digiq.play.judges import Judge, JudgeSettings, Verdict, read_verdict
-from digiq.runs.pipeline import Preset, load_preset
+from digiq.runs import Preset, load_preset
 from digiq.method.policy import Policy
 from digiq.play.recording import SELECTORS, wrap
 from digiq.released.agents import read_weights

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from digiq import actions as A
-from digiq import finetuning, training
+from digiq.method import training
+from digiq.vlm import finetuning
 from digiq.core import ConfigError, DataError, seed_all
 from digiq.method.critic import CriticConfig
 from digiq.method.extraction import Scores
@@ -16,7 +17,7 @@ from digiq.workshop.families import random_vlm
 from digiq.vlm.finetuning import Examples, finetune
 from digiq.method.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
 from digiq.vlm.representation import RepresentationConfig
-from digiq.method.training import ActorConfig, Team, Texts, Transitions, fit_critic, fit_policy
+from digiq.method.training import ActorConfig, Accelerator, Texts, Transitions, fit_critic, fit_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]
@@ -42,13 +43,13 @@ def data(episodes=12, length=5, n=3):
         pair_kind=number(rng.integers(3, size=n*steps)), pair_text=number(rng.integers(6, size=n*steps)), pair_count=np.ones(n*steps, int), pair_rep=np.arange(n*steps), texts=texts, reps=rng.normal(size=(n*steps, 6)).astype(np.float16).view(Rows))
 
 
-def train_critic(cfg=CRITIC, bookmark=None):
+def train_critic(cfg=CRITIC, training_state=None):
     d = data()
-    critic, history = fit_critic(d, cfg, tiny_tokenizer(GOALS), seed=3, log_every=4, bookmark=bookmark)
+    critic, history = fit_critic(d, cfg, tiny_tokenizer(GOALS), seed=3, log_every=4, training_state=training_state)
     return history, {k: v.clone() for k, v in critic.state_dict().items()}
 
 
-def train_policy(cfg=ACTOR, bookmark=None, dropout=0.):
+def train_policy(cfg=ACTOR, training_state=None, dropout=0.):
     d, tokenizer = data(), tiny_tokenizer(GOALS)
     seed_all("policy")
     model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, image_dim=4, dropout_rate=dropout, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
@@ -56,7 +57,7 @@ def train_policy(cfg=ACTOR, bookmark=None, dropout=0.):
     scores = Scores(d.pair_step, d.pair_action, d.pair_count, np.ones(n, bool), np.ones(n, bool), np.ones(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32))
     rows = np.arange(0, n, 2)
     prompts = [f"Goal: {GOALS[i % 3]}" + " and nothing else at all"*(i % 60)*(i % 2) for i in range(len(d))] # long enough to be worth a pass of their own
-    history = fit_policy(Policy(model, tokenizer, None), d, prompts, d.screen, scores, (rows, np.linspace(.5, 2, len(rows)).astype(np.float32)), cfg, seed=3, bookmark=bookmark)
+    history = fit_policy(Policy(model, tokenizer, None), d, prompts, d.screen, scores, (rows, np.linspace(.5, 2, len(rows)).astype(np.float32)), cfg, seed=3, training_state=training_state)
     return history, {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -70,28 +71,28 @@ def finetune_vlm(family="llava", **cfg):
 
 
 def one_of_several(folder):
-    "What each process of a team does; the first one tells."
+    "What each process of several does; the first one tells."
     told = dict(critic=train_critic(), policy=train_policy(), representation=finetune_vlm())
-    team = Team()
-    assert team.size == 2
-    rows = team.accelerator.gather(torch.tensor(team.part(np.arange(8))))
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    rows = accelerator.gather(torch.tensor(accelerator.part(np.arange(8))))
     assert sorted(rows.tolist()) == list(range(8)), "no row twice, none left out"
-    with pytest.raises(ConfigError, match="cannot be shared evenly by 2 processes: choose a multiple of 2"): team.part(np.arange(3))
-    torch.save(told, Path(folder)/f"{team.place}.pt")
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 2 processes: choose a multiple of 2"): accelerator.part(np.arange(3))
+    torch.save(told, Path(folder)/f"{accelerator.process_index}.pt")
 
 
 def one_of_sharded(folder):
     "What each process does where no process holds the whole model. Accelerate offers FSDP on GPUs only, but gloo has all that it needs: so its state is told."
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
     from torch.distributed.tensor import DTensor
-    def team(device):
+    def accelerator(device):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=True, reshard_after_forward=True)
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         told = Accelerator(cpu=True, fsdp_plugin=plugin)
         told.state._shared_state["fsdp_plugin"] = told.state.fsdp_plugin = plugin
         PartialState._shared_state["distributed_type"] = told.state.distributed_type = DistributedType.FSDP
         return told
-    finetuning._team, head, parts = team, finetuning.EffectHead.forward, []
+    finetuning._accelerator, head, parts = accelerator, finetuning.EffectHead.forward, []
     def forward(self, *args, **kwargs):
         layers = [p for p in self.parameters() if isinstance(p, DTensor)]
         parts.append(sum(p.to_local().numel() for p in layers)/sum(p.numel() for p in layers))
@@ -192,7 +193,7 @@ def test_a_damaged_bookmark_is_named(tmp_path):
 
 def test_length_groups_change_nothing(monkeypatch):
     "A minibatch in several passes has the gradient of one pass."
-    real, parts = training.alike, []
+    real, parts = training.length_buckets, []
     def counted(lengths, *price):
         found = real(lengths, *price)
         parts.append(len(found))

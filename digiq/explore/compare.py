@@ -12,10 +12,10 @@ import traitlets as T
 from fastcore.basics import patch
 
 from ..core import DigiqError
-from ..runs.evaluation import success
 from .figures import DIAGNOSTICS, parting
 from .page import Explorer, SHARED, aside, frames, plain
 from .run import RunView
+from ..runs.evaluation import success
 
 # %% ../../nbs/explore/77_compare.ipynb #70g-005
 COMPARE_JS = r"""

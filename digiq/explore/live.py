@@ -14,16 +14,16 @@ import traitlets as T
 from fastcore.basics import patch
 from PIL import Image
 
-from ..actions import complete, impossible, is_valid, press, render, swipe, tap, type_text
+from ..actions import complete, impossible, press, render, swipe, tap, type_text
 from ..core import DigiqError
 from ..data import EpisodeStore, encode_screen
 from ..env import DeviceEnv
-from .figures import draw_judged, scale
 from .page import Explorer, SHARED, number, plain
 from .run import RunView
 from ..phone import SimPhone
-from ..runs.pipeline import RULES
 from ..play.rollout import Player
+from ..runs.stages import RULES
+from ..runs.plots import draw_judged, scale
 
 # %% ../../nbs/explore/76_live.ipynb #70f-005
 LIVE_JS = r"""

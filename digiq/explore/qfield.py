@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..actions import complete, impossible, press, render, tap, type_text
 from .field import Field
 from .page import Recorded, SHARED, aside, number, plain
-from .run import Remembering, RunView
+from .run import RunView
 
 # %% ../../nbs/explore/75_qfield.ipynb #70e-005
 FIELD_JS = r"""

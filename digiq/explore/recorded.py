@@ -10,9 +10,9 @@ import traitlets as T
 from fastcore.basics import patch
 
 from ..core import DigiqError
-from .figures import scale
 from .page import Recorded, SHARED, frames, number, plain
 from .run import RunView, ended
+from ..runs.plots import scale
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-005
 PLOT_JS = r"""

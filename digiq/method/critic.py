@@ -38,11 +38,11 @@ class CriticConfig:
     q_hidden: tuple[int, ...] = (256, 256) # widths of the Q heads' hidden layers
     v_hidden: tuple[int, ...] = (256, 256) # widths of the V heads' hidden layers
     dropout: float = 0.2            # of the heads' inputs, 0..1
-    relative_q: bool = True         # Q's heads say how much better or worse than V; False: each says Q, as published
+    dueling: bool = True         # Q's heads say how much better or worse than V; False: each says Q, as published
     state_dropout: float = 0.75     # of the state among the inputs of Q's heads, 0..1
     heads: int = 2                  # independent heads for Q and for V
     loss: str = "classification"    # "classification": cross-entropy on soft targets; "regression": squared error
-    relative: float = 0.02          # a state of value V weighs 1/(V + relative) in the losses; 0 weighs all alike
+    weight_offset: float = 0.02     # a state of value V weighs 1/(V + weight_offset) in the losses; 0 weighs all alike
     aggregate: str = "mean"         # of the heads: "min", "mean" or "max"
     target: str = "td"              # "td": bootstrapped; "mc": Monte-Carlo return
     v_action: str = "recorded"      # action in the target of V: "recorded", or "proposal": drawn from the candidates
@@ -121,11 +121,11 @@ def head_loss(
 # %% ../../nbs/method/13_critic.ipynb #50-111
 def state_weights(
     value:torch.Tensor, # the target network's V(s), float [batch]
-    relative:float, # c, above 0
+    weight_offset:float, # c, above 0
     mean=torch.mean # over the minibatch, all processes' parts of it together
 ) -> torch.Tensor: # of mean 1, float [batch]
     "Weights that make losses relative to the value of the state"
-    weight = 1/(value.clamp_min(0) + relative)
+    weight = 1/(value.clamp_min(0) + weight_offset)
     return weight/mean(weight)
 
 # %% ../../nbs/method/13_critic.ipynb #50-114
@@ -190,7 +190,7 @@ def prepare(self:Critic,
     value = min(max(value, .01), .99)
     start = torch.tensor([0., np.log(value/(1 - value))] if self.cfg.loss == "classification" else [value])
     for heads in (self.q_heads, self.v_heads): heads.bias[-1].copy_(start.expand_as(heads.bias[-1]))
-    if self.cfg.relative_q: # no action is better than another yet
+    if self.cfg.dueling: # no action is better than another yet
         self.q_heads.bias[-1].zero_()
         self.q_heads.weight[-1].mul_(.1)
 
@@ -215,7 +215,7 @@ def _q_and_v(self:Critic, batch): # outputs of both kinds of heads, float [heads
     state = self._state(batch)
     v = self.v_heads(state)
     q = self.q_heads(torch.cat([F.dropout(state, self.cfg.state_dropout, self.training), *self._action(batch)], 1))
-    return (q + v.detach() if self.cfg.relative_q else q), v
+    return (q + v.detach() if self.cfg.dueling else q), v
 
 # %% ../../nbs/method/13_critic.ipynb #50-024a
 @patch
@@ -304,8 +304,8 @@ def targets(self:Critic,
     if cfg.target == "mc": y_q = y_v = batch["mc_return"]
     else:
         y_q = td_target(batch["reward"], batch["done"], value(after), cfg.gamma)
-        y_v = y_q if cfg.relative_q and cfg.v_action == "recorded" else self.combine(self._q_and_v(alternative)[0])
-    weight = state_weights(value(here), cfg.relative, mean) if cfg.relative else torch.ones_like(y_q)
+        y_v = y_q if cfg.dueling and cfg.v_action == "recorded" else self.combine(self._q_and_v(alternative)[0])
+    weight = state_weights(value(here), cfg.weight_offset, mean) if cfg.weight_offset else torch.ones_like(y_q)
     return y_q, y_v, weight
 
 # %% ../../nbs/method/13_critic.ipynb #50-029a
@@ -327,14 +327,6 @@ def target(self:Critic) -> Critic: # frozen, in evaluation mode
     "A copy to bootstrap from; it shares what never changes"
     fixed = [self._texts, self._known] + ([] if self.cfg.train_text else self.encoders())
     return copy.deepcopy(self, {id(x): x for x in fixed}).eval().requires_grad_(False)
-
-@patch
-def follow(self:Critic,
-    critic:Critic, # where to move
-    tau:float # share of the way, 0..1
-):
-    "A soft update of this target network"
-    soft_update(self.parameters(), critic.parameters(), tau)
 
 # %% ../../nbs/method/13_critic.ipynb #50-033
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEMBERED', 'AutoUIConfig', 'image_width', 'AutoUI', 'positions', 'ImageEncoder', 'PooledImages', 'Policy',
-           'load_tokenizer', 'grammar_tokens', 'snap', 'tiny_tokenizer']
+           'load_tokenizer', 'grammar_tokens', 'snap', 'on_grid', 'tiny_tokenizer']
 
 # %% ../../nbs/method/10_policy.ipynb #40-002
 import pickle
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, in
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import logging
 
-from ..actions import complete, decision, impossible, is_valid, press, render, tap, type_text
+from ..actions import Action, complete, decision, impossible, is_valid, press, render, tap, type_text
 from ..core import DataError, DigiqError, read_json
 from ..data import distinct
 from ..env import prompt
@@ -261,11 +261,11 @@ class Policy:
     def __init__(self,
         model:AutoUI, # the network
         tokenizer, # a `transformers` tokenizer
-        eyes:ImageEncoder, # pictures to features; None when features are always given
+        image_encoder:ImageEncoder, # pictures to features; None when features are always given
         max_length:int=512, # tokens of a prompt, cut from the left
         max_new_tokens:int=None # tokens of an answer; None is what the model's generation settings say, or 128
     ):
-        self.model, self.tokenizer, self.eyes = model, tokenizer, eyes
+        self.model, self.tokenizer, self.image_encoder = model, tokenizer, image_encoder
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens or model.generation_config.max_new_tokens or 128
 
@@ -331,7 +331,7 @@ def act(self:Policy,
     temperature:float=1.0 # 0 is greedy
 ) -> list[list[str]]: # n action strings a state
     "Actions for a batch of states"
-    return self.sample([prompt(g, h) for g, h in zip(goals, histories)], self.eyes(screens), n, temperature)
+    return self.sample([prompt(g, h) for g, h in zip(goals, histories)], self.image_encoder(screens), n, temperature)
 
 # %% ../../nbs/method/10_policy.ipynb #40-033
 @patch
@@ -382,13 +382,13 @@ def save(self:Policy,
 @patch(cls_method=True)
 def from_pretrained(cls:Policy,
     path:Path, # directory that `save` wrote, or one in Auto-UI's published layout
-    eyes:ImageEncoder=None, # pictures to features
+    image_encoder:ImageEncoder=None, # pictures to features
     device:str="cpu", # where to run it
     **kwargs # `max_length`, `max_new_tokens`
 ) -> Policy:
     "Load a saved policy in float32"
     model = AutoUI.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    return cls(model, load_tokenizer(path), eyes, **kwargs)
+    return cls(model, load_tokenizer(path), image_encoder, **kwargs)
 
 # %% ../../nbs/method/10_policy.ipynb #40-036
 def grammar_tokens(
@@ -412,6 +412,14 @@ def snap(
     "Centre of the grid cell that holds a point"
     cell = lambda v, n: (min(max(int(v*n), 0), n - 1) + .5)/n
     return cell(y, rows), cell(x, cols)
+
+# %% ../../nbs/method/10_policy.ipynb #40-snap2
+def on_grid(
+    action:Action # any action
+) -> Action: # the same, its points moved to positions that have a token
+    "An action that a policy with these tokens can write"
+    if not (action.is_tap or action.is_swipe): return action
+    return Action(action.kind, snap(*action.touch), snap(*action.lift), action.text)
 
 # %% ../../nbs/method/10_policy.ipynb #40-038
 def tiny_tokenizer(

@@ -17,23 +17,23 @@ from .policy import ImageEncoder, Policy
 # %% ../../nbs/method/11_proposals.ipynb #41-004
 def featurise(
     run:Run, # with a finished stage "episodes"
-    eyes:ImageEncoder, # the frozen vision tower
+    image_encoder:ImageEncoder, # the frozen vision tower
     shard:int=64, # episodes a file
     workers:int=1 # processes that compute, a file each
 ) -> Embeddings: # rows keyed (episode, step, ""), float16 [screens, patches*dim]
     "Image features of every recorded screen, each computed once"
     store, out = EpisodeStore(run.path/"episodes"), Embeddings(run.path/"screens")
-    with run.stage("screens", dict(shard=shard, patches=eyes.side**2, dim=eyes.dim)) as stage:
+    with run.stage("screens", dict(shard=shard, patches=image_encoder.side**2, dim=image_encoder.dim)) as stage:
         if not stage.done:
             table = store.episodes()
             shards = [[dict(episode=int(e), step=int(s), action="") for e, s in zip(rows.episode, rows.step)] for _, rows in table.groupby(table.episode//shard)]
             plan = first_seen([[store.digest(k["episode"], k["step"]) for k in keys] for keys in shards])
-            def make(i, told):
+            def make(i, advance):
                 places, new = plan[i]
-                out.write_shard(i, shards[i], eyes([store.screen(shards[i][k]["episode"], shards[i][k]["step"]) for k in new]).reshape(len(new), eyes.side**2*eyes.dim), places=places)
-                told(len(shards[i]))
+                out.write_shard(i, shards[i], image_encoder([store.screen(shards[i][k]["episode"], shards[i][k]["step"]) for k in new]).reshape(len(new), image_encoder.side**2*image_encoder.dim), places=places)
+                advance(len(shards[i]))
             out.shards.fill([len(keys) for keys in shards], make, "image features", workers, stage.save)
-            stage.counts.update(screens=len(table), different=Embeddings(run.path/"screens").different, width=eyes.dim)
+            stage.counts.update(screens=len(table), different=Embeddings(run.path/"screens").different, width=image_encoder.dim)
     return Embeddings(run.path/"screens")
 
 # %% ../../nbs/method/11_proposals.ipynb #41-006
@@ -60,10 +60,10 @@ def propose(
         if not stage.done:
             steps = store.episodes().query("action != '' or error != ''")
             shards = [rows for _, rows in steps.groupby(steps.episode//cfg.shard)]
-            def make(i, told):
+            def make(i, advance):
                 seed_all(seed, name, i)
                 out.write_shard(i, [dict(episode=int(r.episode), step=int(r.step), actions=[r.action, *more])
-                    for r, more in zip(shards[i].itertuples(), sample_at(policy, screens, shards[i], cfg, told))])
+                    for r, more in zip(shards[i].itertuples(), sample_at(policy, screens, shards[i], cfg, advance))])
             out.shards.fill([len(rows) for rows in shards], make, "proposals", workers, stage.save)
             stage.counts.update(states=len(steps), candidates=len(steps)*cfg.n)
     return Proposals(run.path/name)
@@ -74,7 +74,7 @@ def sample_at(
     screens:Embeddings, # image features
     rows, # recorded steps, a table with episode, step, prompt
     cfg:ProposalConfig, # how many, how hot
-    told=lambda n: None # told the number of rows done, a batch at a time
+    advance=lambda n: None # told the number of rows done, a batch at a time
 ) -> list[list[str]]: # N-1 action strings a row
     "Candidates at recorded states"
     out, patches = [], policy.model.config.image_dim
@@ -82,5 +82,5 @@ def sample_at(
         part = rows.iloc[i:i+cfg.batch]
         at = np.concatenate([screens.rows(e, s, [""]) for e, s in zip(part.episode, part.step)])
         out += policy.sample(part.prompt.tolist(), screens[at].reshape(len(part), -1, patches), cfg.n - 1, cfg.temperature)
-        told(len(part))
+        advance(len(part))
     return out

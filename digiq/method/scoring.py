@@ -25,10 +25,10 @@ class Scorer:
     def __init__(self,
         critic:Critic, # frozen
         tokenizer, # of the critic's texts
-        eyes:ImageEncoder, # pictures to features
+        image_encoder:ImageEncoder, # pictures to features
         embedder, # (screen, action) pairs to f(s, a): anything with `embed`
         device:str="cpu" # where the critic is
-    ): self.critic, self.tokenizer, self.eyes, self.embedder, self.device = critic, tokenizer, eyes, embedder, device
+    ): self.critic, self.tokenizer, self.image_encoder, self.embedder, self.device = critic, tokenizer, image_encoder, embedder, device
 
 # %% ../../nbs/method/16_scoring.ipynb #53-005
 def kind_and_text(
@@ -42,7 +42,7 @@ def kind_and_text(
 # %% ../../nbs/method/16_scoring.ipynb #53-006
 @patch
 def _states(self:Scorer, texts, goals, histories, screens, before): # what the critic reads of states, as tensors
-    shot, n = cells(self.eyes([*screens, *before]), self.critic.cfg.screen_cells), len(goals)
+    shot, n = cells(self.image_encoder([*screens, *before]), self.critic.cfg.screen_cells), len(goals)
     goal = [texts(g) for g in goals]
     kind, text = zip(*[(texts(kind), texts(text)) for kind, text in map(kind_and_text, histories)])
     screens = np.concatenate([shot[n:], shot[:n]], 1)

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from . import ui
 from .apps import App, Episode, app
-from .shops import SHOP_PAGES, ads, asks_consent, shop_view
+from .shops import SHOP_PAGES, ads, shop_view
 from .world import PALETTE, address, draw, normal, seek, shuffled
 from ..tasks import queries
 

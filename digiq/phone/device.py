@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..core import derive_seed
 from ..env import check_key, check_point
-from . import browser, ui
-from .apps import APPS, ICONS, Episode, find_app
+from . import browser, ui # browser enters itself into APPS
+from .apps import APPS, Episode, find_app
 from .world import Dynamics, normal
 from ..tasks import Task
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from . import ui
 from .apps import Episode
-from .world import PALETTE, catalogue, draw, make_world
+from .world import catalogue, draw
 from ..tasks import NOUNS, queries
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-007

@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from PIL import Image, ImageChops, ImageStat
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from ..core import DigiqError
 from ..env import DeviceError, Unsupported, check_key, check_point
 
 # %% ../../nbs/play/45_adb.ipynb #21-004b

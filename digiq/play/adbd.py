@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'VERSION', 'LARGEST', 'SERVICES', 'MOST_STREAMS', 'FILE', 'FOLDER', 'PIECE', 'MTIME', 'PacketError', 'pack',
-           'checksum', 'read_packet', 'Stream', 'Link', 'service', 'Adbd', 'adb_server', 'main']
+           'checksum', 'read_packet', 'Stream', 'Link', 'service', 'Adbd', 'adb_server', 'serve']
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-002
-import argparse, asyncio, os, shutil, signal, socket, struct, subprocess, tempfile, threading
+import asyncio, os, shutil, signal, socket, struct, subprocess, tempfile, threading
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 
 import numpy as np
-from adbutils import AdbClient, adb_path
+from adbutils import adb_path
 from fastcore.basics import patch
-from fastcore.docments import docments
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from ..core import DigiqError, derive_seed
-from .android import Android, ShellError, Traits
+from ..core import DigiqError
 from ..phone import SimPhone
+from .android import Android, ShellError, Traits
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-005
 HEADER, VERSION, LARGEST = struct.Struct("<4s5I"), 0x01000000, 1 << 18  # LARGEST: bytes of data in a packet
@@ -352,30 +350,18 @@ def _wait_for_port(port, process):
             socket.create_connection(("127.0.0.1", port), 1).close()
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-022
-def main(
-    words:list[str]|None=None, # command line
+def serve(
+    phones:int=1, # how many
+    host:str="127.0.0.1", # address to listen on; anything but loopback gives the phones to the network
+    port:int=7555, # of the first phone; 0 for any free ones
+    scale:float=.25, # pixels per logical pixel; 1 gives 1080x2400
+    disturbance:float=1., # scales the rates of everything that goes wrong
+    traits:Traits=Traits(), # of every phone
 ):
-    "Serve phones until SIGINT or SIGTERM."
-    parser = argparse.ArgumentParser(prog="python -m digiq.play.adbd", description="Serve built-in phones as adb devices.")
-    parser.add_argument("--phones", type=int, default=1, help="how many")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; anything but loopback gives the phones to the network")
-    parser.add_argument("--port", type=int, default=7555, help="of the first phone; 0 for any free ones")
-    parser.add_argument("--scale", type=float, default=.25, help="pixels per logical pixel; 1 gives 1080x2400")
-    parser.add_argument("--disturbance", type=float, default=1., help="scales the rates of everything that goes wrong")
-    for f in fields(Traits): parser.add_argument("--" + f.name.replace("_", "-"), help=docments(Traits)[f.name], **(dict(action="store_true") if f.type is bool else dict(action="append", default=[])))
-    args = parser.parse_args(words)
-    if args.phones < 1: parser.error("--phones must be 1 or more")
-    if not args.scale > 0: parser.error("--scale must be above 0")
-    traits = Traits(*(v if isinstance(v := getattr(args, f.name), bool) else tuple(v) for f in fields(Traits)))
-    androids = [Android(SimPhone(args.scale, disturbance=args.disturbance), f"simphone-{i}", traits=traits) for i in range(args.phones)]
+    "Serve phones until SIGINT or SIGTERM. Raises `DigiqError` where a port is taken."
+    androids = [Android(SimPhone(scale, disturbance=disturbance), f"simphone-{i}", traits=traits) for i in range(phones)]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: stop.set())
-    try:
-        with Adbd(androids, args.host, args.port) as server:
-            for address in server.addresses: print(f"adb connect {address}", flush=True)
-            stop.wait()
-    except DigiqError as e: parser.exit(1, f"{e}\n")
-
-# %% ../../nbs/play/44_adbd.ipynb #20a-023
-#| eval: false
-if __name__ == "__main__": main()
+    with Adbd(androids, host, port) as server:
+        for address in server.addresses: print(f"adb connect {address}", flush=True)
+        stop.wait()

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, wait_exponential
 
 from ..core import DigiqError
-from .adb import FAULTS, AdbDevice, AdbSettings, LimitedClient, explain
 from ..env import DeviceError
+from .adb import FAULTS, AdbDevice, AdbSettings, LimitedClient, explain
 
 # %% ../../nbs/play/46_emulator.ipynb #22-005
 def find_emulator(

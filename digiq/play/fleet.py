@@ -202,7 +202,7 @@ def _watch(self:Fleet):
 @patch
 def play(self:Fleet,
     jobs:list[tuple], # (episode, task, seed)
-    told=lambda: None, # called ten times a second, e.g. to show the state of the devices
+    advance=lambda: None, # called ten times a second, e.g. to show the state of the devices
 ): # yields (episode, rows), in the order in which they end
     "Play every episode once. Raises `DigiqError` where an episode fails too often or no device is left."
     self.waiting.extend(jobs)
@@ -214,7 +214,7 @@ def play(self:Fleet,
         while left:
             if error := self.batcher.error or self.error: raise error
             self._watch()
-            told()
+            advance()
             try: result = self.played.get(timeout=.1)
             except queue.Empty: continue
             left -= 1

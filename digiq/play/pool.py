@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..core import ConfigError, DigiqError
+from ..env import DeviceEnv, DeviceError
 from .adb import AdbDevice, AdbSettings, ask_phone, find_devices, list_phones
 from .emulator import Emulators, EmulatorSettings
-from ..env import DeviceEnv, DeviceError
 from .fleet import FleetSettings
 from .judges import Judge, JudgeSettings
 

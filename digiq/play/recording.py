@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'PAPER', 'INK', 'SOFT', 'Q_LINE', 'V_LINE', 'WIDTH', 'EDGE', 'HEAD', 'FOOT', 'SELECTORS', 'font', 'text_width',
-           'lacking', 'wrap', 'write_lines', 'draw_mark', 'told', 'draw_values', 'height', 'draw_frame', 'Film', 'film',
-           'film_episode']
+           'lacking', 'wrap', 'write_lines', 'draw_mark', 'caption', 'draw_values', 'height', 'draw_frame', 'Film',
+           'film', 'film_episode']
 
 # %% ../../nbs/play/48_recording.ipynb #61-003
 import base64, io, re, unicodedata, warnings
@@ -120,7 +120,7 @@ def draw_mark(
             draw.polygon(tip, colour)
 
 # %% ../../nbs/play/48_recording.ipynb #61-007
-def told(row): # what a step did, in words
+def caption(row): # what a step did, in words
     if row.error: return f"malformed: {row.action}"
     return in_words(parse(row.action)) if row.action else ""
 
@@ -168,7 +168,7 @@ def draw_frame(
     write_lines(draw, (EDGE, 8, EDGE + WIDTH, HEAD), row.goal, 17, most=2)
     below = HEAD + band + 8
     won = bool((rows.reward >= 1).any())
-    text, colour = ("success" if won else "no success", Q_LINE if won else "#b00020") if last else (told(row), INK)
+    text, colour = ("success" if won else "no success", Q_LINE if won else "#b00020") if last else (caption(row), INK)
     draw.text((EDGE, below), f"{k}/{len(rows) - 1}", SOFT, font(15))
     valued = np.isfinite(np.r_[q, v]).any()
     middle = EDGE + WIDTH - 150 if valued else EDGE + WIDTH
@@ -229,7 +229,7 @@ def film(
     "An episode as a film."
     nothing, out = np.full(len(rows), np.nan), Film([], [])
     q, v = nothing if q is None else np.asarray(q, float), nothing if v is None else np.asarray(v, float)
-    if boxes := lacking([*rows.goal.unique(), *map(told, rows.itertuples())]):
+    if boxes := lacking([*rows.goal.unique(), *map(caption, rows.itertuples())]):
         warnings.warn(f"no font here has {boxes[:20]}, drawn as boxes: install one that has, such as Noto Sans CJK")
     band = max(map(height, screens), default=0) # a phone that is turned or unfolded has screens of several sizes
     for k, screen in enumerate(screens):

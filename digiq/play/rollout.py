@@ -125,10 +125,10 @@ def collect(
         store, stream = EpisodeStore(run.path/name), (seed, name.partition("/")[0])
         episodes = [(i, task, derive_seed(*stream, i)) for i, task in enumerate(schedule(tasks, cfg.episodes, *stream, sequential=sequential))]
         shards = [episodes[i:i + cfg.shard] for i in range(0, cfg.episodes, cfg.shard)]
-        def make(k, told):
+        def make(k, advance):
             seed_all(*stream, "shard", k)
             envs = [make_env(tasks, cfg.horizon) for _ in shards[k][:cfg.phones]]
-            store.write_shard(k, play(envs, shards[k], policy, cfg, told))
+            store.write_shard(k, play(envs, shards[k], policy, cfg, advance))
             for env in envs: env.close()
         store.shards.fill([len(s) for s in shards], make, name, workers, stage.save)
         stage.counts |= counts(store)

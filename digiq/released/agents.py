@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'ENCODERS', 'FILES', 'OTHERS', 'read_weights', 'policy_config', 'fill', 'text_config', 'load_critic',
-           'agent_files', 'Missing', 'load_agent', 'save_agent', 'main']
+           'agent_files', 'Missing', 'load_agent', 'save_agent']
 
 # %% ../../nbs/released/52_agents.ipynb #54-002
-import argparse, pickle, re, sys
+import pickle, re
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from safetensors.torch import load_file
 from transformers import AutoConfig, RobertaConfig
 
-from .episodes import convert
 from ..core import DataError, DigiqError, atomic
-from ..method.critic import Critic, CriticConfig
 from ..foreign import disguise
+from ..method.critic import Critic, CriticConfig
 from ..method.policy import AutoUI, AutoUIConfig, Policy, load_tokenizer
 
 # %% ../../nbs/released/52_agents.ipynb #54-006
@@ -108,8 +106,8 @@ def load_critic(
         rep = heads["q_heads.weight.0"].shape[1] - 5*d - screens
     except KeyError as e: raise DataError(f"the critic's file is not a Digi-Q critic's: it lacks {e}") from None
     if screens < 0 or screens % 2 or rep < 1: raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
-    cfg = CriticConfig(text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(widths["q"][:-1]), v_hidden=tuple(widths["v"][:-1]), dropout=0., relative_q=False, state_dropout=0., loss="classification" if widths["q"][-1] == 2 else "regression",
-        relative=0., aggregate="max", gamma=.95, tau=.1, lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
+    cfg = CriticConfig(text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(widths["q"][:-1]), v_hidden=tuple(widths["v"][:-1]), dropout=0., dueling=False, state_dropout=0., loss="classification" if widths["q"][-1] == 2 else "regression",
+        weight_offset=0., aggregate="max", gamma=.95, tau=.1, lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
     critic = Critic(cfg, torch.full((1, 1), encoder.pad_token_id), encoder.vocab_size, screens//2, rep, encoder).eval()
     own = {k: v for k, v in critic.state_dict().items() if k.endswith(("_mean", "_std"))}
     texts = {f"{mine}.model.{k.removeprefix(theirs + '.')}": v for mine, theirs in ENCODERS.items() for k, v in weights.items() if k.startswith(theirs + ".")}
@@ -145,7 +143,7 @@ def load_agent(
     path:str|Path, # directory of a published agent
     auto_ui:str|Path=None, # directory of Auto-UI-Base, for its tokenizer; needed to act
     text_encoder:str="roberta-base", # hub id or directory of the critic's text encoder, whose tokenizer it reads with
-    eyes=None, # pictures to features, see `digiq.method.policy.ImageEncoder`; needed to look at screens
+    image_encoder=None, # pictures to features, see `digiq.method.policy.ImageEncoder`; needed to look at screens
     device:str="cpu", # where to put it
 ) -> tuple[Policy, Critic, Critic]: # policy, critic and target critic, in evaluation mode
     "A published agent. Raises `DataError` where files are missing, damaged, or of something else."
@@ -156,7 +154,7 @@ def load_agent(
     tokenizer = load_tokenizer(auto_ui) if auto_ui else Missing()
     encoder = AutoConfig.from_pretrained(text_encoder) if Path(text_encoder).is_dir() else None
     critics = [load_critic(read_weights(files[what]), encoder, text_encoder).to(device) for what in ("critic", "target critic")]
-    return Policy(model.to(device), tokenizer, eyes), *critics
+    return Policy(model.to(device), tokenizer, image_encoder), *critics
 
 # %% ../../nbs/released/52_agents.ipynb #54-022
 def save_agent(
@@ -171,27 +169,3 @@ def save_agent(
         if not isinstance(policy.tokenizer, Missing): policy.tokenizer.save_pretrained(p/"policy")
         critic.save(p/"critic")
         target.save(p/"target")
-
-# %% ../../nbs/released/52_agents.ipynb #54-041
-def main(
-    argv:list[str]=None, # arguments; those of the process where None
-):
-    "Convert released episodes."
-    parser = argparse.ArgumentParser("python -m digiq.released.agents", description="Take over released episodes, without running anything that is in the file.")
-    parser.add_argument("path", help="the file, e.g. webshop-1296trajs.pt")
-    parser.add_argument("out", help="directory to write; a conversion that was cut off is continued")
-    parser.add_argument("--images", help="directory or zip archive of the pictures")
-    parser.add_argument("--limit", type=int, help="only the first so many episodes")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of f(s, a) and image features")
-    args = parser.parse_args(argv)
-    try: report = convert(args.path, args.out, args.images, args.limit, args.dtype)
-    except DigiqError as e: sys.exit(str(e))
-    odd = report.pop("oddities")
-    if form := report.pop("form", ""): print(form)
-    print(", ".join(f"{v} {k}" for k, v in report.items()))
-    for o in odd[:20]: print(("the file" if o["episode"] is None else f"episode {o['episode']}") + (f" step {o['step']}" if o["step"] is not None else "") + f": {o['what']}; {o['done']}")
-    print(f"{len(odd)} oddities, all of them in {Path(args.out)/'report.json'}")
-
-# %% ../../nbs/released/52_agents.ipynb #54-042
-#| eval: false
-if __name__ == "__main__": main()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'LEFT_OUT', 'FORMS', 'LINKS', 'EPISODES', 'Pictures', 'Oddity', 'Broken', 'find_form', 'screens_of', 'Facts',
-           'find_facts', 'Episode', 'convert']
+           'find_facts', 'Episode', 'convert', 'summary']
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-002
 import io, json, math, os, re, zipfile, zlib
@@ -20,8 +20,8 @@ from ..actions import ActionError, decision, parse
 from ..core import DataError, Run, derive_seed, progress, read_json, write_json
 from ..data import Embeddings, EpisodeStore, Proposals, Shards
 from ..foreign import disguise
-from ..tasks import level
 from .torchfile import Array, Tensor, TorchFile
+from ..tasks import level
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-006
 def _parts(path): return [p for p in str(path).replace("\\", "/").split("/") if p not in ("", ".")]
@@ -386,3 +386,17 @@ def convert(
             write_json(run.path/"report.json", report)
             stage.counts |= {k: v for k, v in report.items() if k != "oddities"}
     return read_json(run.path/"report.json")
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-030b
+def summary(
+    report:dict, # of `convert`
+    out:str|Path, # where it wrote
+    most:int=20, # oddities listed
+) -> str: # lines
+    "What was taken over, and what was odd, for a terminal."
+    counts = {k: v for k, v in report.items() if k not in ("oddities", "form")}
+    lines = [*filter(None, [report.get("form")]), ", ".join(f"{v} {k}" for k, v in counts.items())]
+    for o in report["oddities"][:most]:
+        where = "the file" if o["episode"] is None else f"episode {o['episode']}" + ("" if o["step"] is None else f" step {o['step']}")
+        lines.append(f"{where}: {o['what']}; {o['done']}")
+    return "\n".join([*lines, f"{len(report['oddities'])} oddities, all of them in {Path(out)/'report.json'}"])

@@ -15,16 +15,15 @@ from typing import Sequence
 import numpy as np
 import pandas as pd
 
-from ..actions import Action, is_valid, parse, render
-from ..workshop.base_policy import on_grid
+from ..actions import is_valid, parse, render
 from ..core import DataError, Run
 from ..data import Embeddings, EpisodeStore, Proposals, Shards
 from ..env import DeviceEnv
-from .evaluation import NEVER, Probe, left_after, walk
 from ..method.extraction import Scores, best, best_of_n, sft
-from ..phone import SimPhone, distance, oracle
-from ..method.policy import Policy
+from ..method.policy import Policy, on_grid
 from ..method.training import ActorConfig, fit_policy
+from ..phone import SimPhone, distance, oracle
+from .evaluation import NEVER, Probe, left_after, walk
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-007
 def truth_of(
@@ -57,11 +56,11 @@ def truths(
         if not stage.done:
             proposals, episodes = Proposals(run.path/"proposals"), [e for _, e in EpisodeStore(run.path/"episodes").episodes().groupby("episode")]
             parts = [episodes[i:i + shard] for i in range(0, len(episodes), shard)]
-            def make(k, told):
+            def make(k, advance):
                 rows, file = [], io.BytesIO()
                 for e in parts[k]:
                     rows += truth_of(e, named[e.task_id.iloc[0]], proposals, phone)
-                    told(1)
+                    advance(1)
                 pd.DataFrame(rows).to_parquet(file, index=False)
                 out.write(k, file.getvalue())
             out.fill([len(p) for p in parts], make, "the truth", workers, stage.save)

@@ -20,8 +20,8 @@ from ..actions import Action, is_valid, parse
 from ..core import DataError, Run, derive_seed, progress, seed_all
 from ..data import EpisodeStore
 from ..env import perform
-from ..phone import SimPhone, distance
 from ..method.scoring import Scorer
+from ..phone import SimPhone, distance
 
 # %% ../../nbs/runs/60_evaluation.ipynb #60-005
 def wilson(

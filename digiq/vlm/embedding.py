@@ -135,13 +135,13 @@ def embed_run(
     out, shards = Embeddings(path), shard_pairs(proposals, states)
     shown = [contents(store, rows) for rows in shards]
     plan = first_seen(shown)
-    def make(i, told):
+    def make(i, advance):
         places, new = plan[i]
         there = {k: other.found[other.row[shown[i][k]]] for other in known for k in new if shown[i][k] in other.row}
         todo = [k for k in new if k not in there]
         if todo: there |= zip(todo, _embed_rows(store, embedder, [shards[i][k] for k in todo]))
         out.write_shard(i, shards[i], np.stack([there[k] for k in new]) if new else np.zeros((0, 0)), places=places)
-        told(len(shards[i]))
+        advance(len(shards[i]))
     out.shards.fill([len(rows) for rows in shards], make, "embed pairs", workers, saved)
     return out
 

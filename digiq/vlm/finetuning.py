@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..actions import Action, is_valid, parse
 from ..core import ConfigError, DigiqError, derive_seed, progress
 from ..data import EpisodeStore
-from .representation import VLM, RepresentationConfig, difference, mark, prompt, question, squash
+from .representation import VLM, RepresentationConfig, difference, mark, question, squash
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-007
 @patch
@@ -170,7 +170,7 @@ def load_for_finetuning(
     return VLM.load(config.model, config.side, config.dtype if config.lora else "float32")
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-029
-def _team(device):
+def _accelerator(device):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     return Accelerator(cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]) # LLaVA leaves its last vision layers unused
 
@@ -178,9 +178,9 @@ def _skeleton(model): # without numbers
     from accelerate import init_empty_weights
     with init_empty_weights(): return type(model)(model.config)
 
-def _whole(team, head, skeleton): # the model with all its numbers, on the first process
-    weights = team.get_state_dict(head)
-    if team.is_main_process:
+def _whole(accelerator, head, skeleton): # the model with all its numbers, on the first process
+    weights = accelerator.get_state_dict(head)
+    if accelerator.is_main_process:
         skeleton.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()}, assign=True)
         skeleton.tie_weights()
         return skeleton.eval()
@@ -195,32 +195,32 @@ def finetune(
     device:str="cpu", # where a process trains that is alone
 ) -> dict: # auc_before, auc_after (on held-out episodes), changed (share of the examples), losses (list)
     "Yes/no fine-tuning (paper, equation of section 4.1). Raises `ConfigError` where processes cannot share a minibatch evenly."
-    team = _team(device)
-    if config.batch % team.num_processes: raise ConfigError(f"representation.batch is {config.batch}, which {team.num_processes} processes cannot share evenly: choose a multiple")
+    accelerator = _accelerator(device)
+    if config.batch % accelerator.num_processes: raise ConfigError(f"representation.batch is {config.batch}, which {accelerator.num_processes} processes cannot share evenly: choose a multiple")
     train, test = heldout(examples, config.heldout, seed)
     rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), [] if losses is None else losses
-    skeleton = _skeleton(vlm.model) if team.distributed_type in ("FSDP", "DEEPSPEED") else None
+    skeleton = _skeleton(vlm.model) if accelerator.distributed_type in ("FSDP", "DEEPSPEED") else None
     torch.manual_seed(derive_seed(seed, "finetune"))
     adapted = [adapters(m, config.lora) for m in (vlm.model, skeleton) if m and config.lora]
     if config.recompute: vlm.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, config.steps, config.warmup))
-    head, optimizer = team.prepare(EffectHead(vlm, config.dtype), optimizer)
+    head, optimizer = accelerator.prepare(EffectHead(vlm, config.dtype), optimizer)
     ranked = lambda: auc(effect_scores(vlm, test, head=head), test.changed)
     report = {"auc_before": ranked()}
     head.train()
     for _ in progress(range(config.steps), desc="fine-tune VLM"):
-        part = train.take(rng.choice(len(train), config.batch)[team.process_index::team.num_processes])
+        part = train.take(rng.choice(len(train), config.batch)[accelerator.process_index::accelerator.num_processes])
         logits = vlm.effect_logits([Image.fromarray(p) for p in part.pictures], part.actions, head)
         loss = F.cross_entropy(logits, torch.tensor(part.changed, dtype=torch.long, device=logits.device))
-        team.backward(loss)
-        team.clip_grad_norm_(head.parameters(), config.clip)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(head.parameters(), config.clip)
         optimizer.step(); schedule.step(); optimizer.zero_grad()
-        losses.append(team.reduce(loss.detach(), "mean").item())
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
     head.eval()
     report["auc_after"] = ranked()
     if config.recompute: vlm.model.gradient_checkpointing_disable()
-    if skeleton: vlm.model = _whole(team, head, skeleton)
+    if skeleton: vlm.model = _whole(accelerator, head, skeleton)
     if vlm.model:
         if adapted: vlm.model = adapted[-1].merge_and_unload()
         vlm.model.to(getattr(torch, config.dtype)).requires_grad_(True)

@@ -31,7 +31,7 @@ class HFEmbedder:
         device:str="cpu", # where to compute
     ) -> "HFEmbedder":
         "An embedder from files."
-        return cls(VLM.load(path, config.side, config.embed_dtype, device), config)
+        return cls(VLM.load(path, config.side, config.embedding_dtype(device), device), config)
 
 # %% ../../nbs/vlm/23_hf.ipynb #43a-008
 class Sheet:

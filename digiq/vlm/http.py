@@ -20,10 +20,10 @@ from fastcore.basics import patch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from ..core import ConfigError
-from .embedding import EmbeddingError
-from .vllm import Asker
 from ..foreign import pause, reason
+from .embedding import EmbeddingError
 from .representation import RepresentationConfig
+from .vllm import Asker
 
 # %% ../../nbs/vlm/25_http.ipynb #43c-005
 class Passing(Exception):

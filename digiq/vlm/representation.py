@@ -32,7 +32,7 @@ class RepresentationConfig:
     dtype: str = "float32"          # of the arithmetic in fine-tuning, and of the weights that come out: "float32" or "bfloat16"
     lora: int = 0                   # rank of low-rank adapters, which are trained in the place of all weights; 0 for none
     recompute: bool = False         # compute activations again in the backward pass instead of keeping them: less memory, a third more time
-    embed_dtype: str = "bfloat16"   # of weights when embedding; bfloat16 is faster where the processor knows it
+    embed_dtype: str = "auto"       # of weights when embedding: "float32", "bfloat16", or "auto", bfloat16 where the processor computes in it
     effect_threshold: float = 30.   # mean squared difference (0-255 scale, quarter size) above which a screen has changed
     examples: int = 1600            # at most so many recorded steps are used
     heldout: float = 0.2            # share of the episodes held out for the AUC, 0..1
@@ -48,10 +48,19 @@ class RepresentationConfig:
     tokens: int = 4000              # a batch when embedding, padding included; more suits a GPU
 
     def __post_init__(self):
-        for name in ("dtype", "embed_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"): raise ConfigError(f"representation.{name} is {getattr(self, name)!r}: choose float32 or bfloat16")
+        for name, more in (("dtype", ()), ("embed_dtype", ("auto",))):
+            if getattr(self, name) not in (choices := ("float32", "bfloat16", *more)):
+                raise ConfigError(f"representation.{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
         unknown = set(self.questions) - {"effect", "name"}
         if unknown or not self.questions: raise ConfigError(f"representation.questions is {self.questions!r}: choose among effect and name")
+
+    def embedding_dtype(self,
+        device:str, # where to embed
+    ) -> str: # "float32" or "bfloat16"
+        "What `embed_dtype` means on a device. Without instructions for bfloat16 a processor takes five times as long in it as in float32."
+        if self.embed_dtype != "auto": return self.embed_dtype
+        slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        return "float32" if slow else "bfloat16"
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-010
 def difference(

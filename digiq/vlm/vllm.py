@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from ..core import ConfigError, DataError, DigiqError, atomic
 from .embedding import finite
-from .hf import Sheet, sheets
+from .hf import sheets
 from .representation import VLM, RepresentationConfig
 
 # %% ../../nbs/vlm/24_vllm.ipynb #43b-006
@@ -90,7 +90,7 @@ class VLLMEmbedder:
     "f(s, a) by vLLM in this process"
     def __init__(self,
         path:str|Path, # directory that `export` wrote
-        config:RepresentationConfig=RepresentationConfig(), # `side`, `questions` and `embed_dtype`
+        config:RepresentationConfig=RepresentationConfig(), # `side`, `questions` and `embed_dtype`; "auto" is what vLLM means by it
         **engine, # further options of `vllm.LLM`, e.g. `tensor_parallel_size`
     ):
         try: from vllm import LLM

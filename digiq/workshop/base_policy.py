@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'PHRASINGS', 'NEXT', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'CARD', 'BasePolicyConfig',
-           'made_up_site', 'made_up_query', 'any_history', 'copy_example', 'words_to_know', 'on_grid', 'point_example',
-           'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit', 'Step', 'demonstrate', 'relabel',
-           'Lessons', 'untrained_policy', 'make_base_policy', 'write_card', 'ship_vlm', 'ship_policy', 'measure_policy',
+           'made_up_site', 'made_up_query', 'any_history', 'copy_example', 'words_to_know', 'point_example', 'coming',
+           'place', 'situation', 'touch', 'always', 'typing', 'habit', 'Step', 'demonstrate', 'relabel', 'Lessons',
+           'untrained_policy', 'make_base_policy', 'write_card', 'ship_vlm', 'ship_policy', 'measure_policy',
            'plot_losses']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
@@ -20,15 +20,15 @@ from PIL import Image
 
 from .. import actions as A
 from .. import tasks as T
-from .base_vlm import BaseVLMConfig, gather, matrix_optimizers, named, pointing_accuracy, pretrain, quiz_accuracy, random_action
 from ..core import Run, derive_seed, progress, seed_all, to_dict
 from ..env import DeviceEnv, prompt
+from ..method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, on_grid, snap, tiny_tokenizer
 from ..phone import SimPhone, oracle
 from ..phone.truth import next_move
-from ..method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
-from ..vlm.representation import squash
-from ..vlm.finetuning import cosine
 from ..play.rollout import Rollout, collect
+from ..vlm.finetuning import cosine
+from ..vlm.representation import squash
+from .base_vlm import BaseVLMConfig, gather, matrix_optimizers, named, pointing_accuracy, pretrain, quiz_accuracy, random_action
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-006
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ def words_to_know(
     words, parts = T.COLOURS + T.MATERIALS + T.MANNERS + T.NOUNS, [s for part in T.SYLLABLES for s in part]
     frames = [w.format(site="com", query="") for level in T.WORDINGS.values() for w in level]
     return [" ".join(words), ",".join(words), ",".join(parts)]*50 + frames*14
-
-# %% ../../nbs/workshop/82_base_policy.ipynb #46-015
-def on_grid(
-    action:A.Action # any action
-) -> A.Action: # the same, its points moved to positions that have a token
-    "An action that the tiny policy can write"
-    return A.Action(action.kind, snap(*action.touch), snap(*action.lift), action.text) if action.kind == "DUAL_POINT" else action
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-016
 def point_example(
@@ -241,12 +234,12 @@ class Lessons:
     "Draws minibatches of copying, pointing and imitating"
     def __init__(self,
         steps:list[Step], # demonstrations
-        eyes:ImageEncoder, # the frozen vision tower
+        image_encoder:ImageEncoder, # the frozen vision tower
         cfg:BasePolicyConfig # shares
     ):
         shown = list(dict.fromkeys(s.picture for s in steps))
-        side = eyes.tower.config.image_size
-        self.features = np.concatenate([eyes.compute([Image.frombytes("RGB", (side, side), p) for p in shown[i:i + 128]]) for i in range(0, len(shown), 128)])
+        side = image_encoder.tower.config.image_size
+        self.features = np.concatenate([image_encoder.compute([Image.frombytes("RGB", (side, side), p) for p in shown[i:i + 128]]) for i in range(0, len(shown), 128)])
         row = {p: i for i, p in enumerate(shown)}
         self.steps, self.cfg, self.row, self.blank = steps, cfg, [row[s.picture] for s in steps], np.zeros_like(self.features[0])
         often = Counter(s.coming for s in steps)
@@ -272,7 +265,7 @@ class Lessons:
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-030
 def untrained_policy(
-    eyes:ImageEncoder, # the frozen vision tower
+    image_encoder:ImageEncoder, # the frozen vision tower
     cfg:BasePolicyConfig, # its size
     seed:int=0 # of its weights
 ) -> Policy: # a tiny Auto-UI
@@ -280,22 +273,22 @@ def untrained_policy(
     seed_all(seed, "base policy")
     tokenizer = tiny_tokenizer(words_to_know())
     policy = Policy(AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=cfg.width, d_kv=32, d_ff=2*cfg.width,
-        num_layers=cfg.layers, num_decoder_layers=cfg.layers, num_heads=cfg.width//32, image_dim=eyes.dim, dropout_rate=0.,
+        num_layers=cfg.layers, num_decoder_layers=cfg.layers, num_heads=cfg.width//32, image_dim=image_encoder.dim, dropout_rate=0.,
         tie_word_embeddings=False, decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id)), tokenizer, eyes)
+        eos_token_id=tokenizer.eos_token_id)), tokenizer, image_encoder)
     policy.model.lm_head.weight.data.normal_(std=cfg.width**-.5) # T5 starts its untied head far too sure
     policy.model.generation_config.max_new_tokens = policy.max_new_tokens = 40 # its tokens are long
     return policy
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-031
 def make_base_policy(
-    eyes:ImageEncoder, # the frozen vision tower
+    image_encoder:ImageEncoder, # the frozen vision tower
     cfg:BasePolicyConfig, # how
     seed:int=0 # of everything
 ) -> tuple[Policy, list[float]]: # the agent and its losses
     "A weak Auto-UI from training tasks alone"
-    draw = Lessons(demonstrate(T.load("webshop", "train"), cfg, eyes.tower.config.image_size, seed), eyes, cfg)
-    policy, rng, losses = untrained_policy(eyes, cfg, seed), np.random.default_rng(derive_seed(seed, "base policy")), []
+    draw = Lessons(demonstrate(T.load("webshop", "train"), cfg, image_encoder.tower.config.image_size, seed), image_encoder, cfg)
+    policy, rng, losses = untrained_policy(image_encoder, cfg, seed), np.random.default_rng(derive_seed(seed, "base policy")), []
     optimizers = matrix_optimizers(policy.model, cfg.lr, cfg.matrix_lr, layers=".block.")
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, cfg.steps, .05)) for o in optimizers]
     policy.model.train()

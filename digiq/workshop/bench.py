@@ -7,7 +7,7 @@ __all__ = ['phone_speed', 'network_speed', 'latency', 'SlowPhone', 'Timed', 'rat
            'rate', 'limits', 'worked', 'products']
 
 # %% ../../nbs/workshop/83_bench.ipynb #66-002
-import math, os, re, threading, time
+import math, os, re, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import actions as A
 from .. import tasks as T
 from ..core import derive_seed
-from ..vlm.hf import HFEmbedder
 from ..env import DeviceEnv, DeviceError, perform
-from ..play.fleet import Fleet, FleetSettings
-from ..phone import SimPhone, oracle
 from ..method.policy import ImageEncoder, Policy, snap
-from ..vlm.representation import RepresentationConfig, model_path
+from ..phone import SimPhone, oracle
+from ..play.fleet import Fleet, FleetSettings
 from ..play.rollout import Player, Rollout
+from ..vlm.hf import HFEmbedder
+from ..vlm.representation import RepresentationConfig, model_path
 
 # %% ../../nbs/workshop/83_bench.ipynb #66-005
 def phone_speed(
@@ -58,12 +58,12 @@ def network_speed(
         phone.reset(tasks[i], i)
         for _ in range(i % 8): perform(phone, oracle(phone, tasks[i]))
         screens.append(phone.screenshot())
-    eyes = ImageEncoder.from_pretrained(model_path("tiny-vlm"))
-    policy = Policy.from_pretrained(model_path("tiny-autoui"), eyes)
+    image_encoder = ImageEncoder.from_pretrained(model_path("tiny-vlm"))
+    policy = Policy.from_pretrained(model_path("tiny-autoui"), image_encoder)
     embedder = HFEmbedder.load("tiny-vlm", RepresentationConfig())
     goals, rng = [t.goal for t in tasks[:states]], np.random.default_rng(0)
     pairs = [(s, A.render(A.tap(*snap(*rng.random(2))))) for s in screens for _ in range(4)]
-    parts = {"vision tower": ("screens", states, lambda: eyes(screens)), "policy, one action": ("states", states, lambda: policy.act(goals, [""]*states, screens)),
+    parts = {"vision tower": ("screens", states, lambda: image_encoder(screens)), "policy, one action": ("states", states, lambda: policy.act(goals, [""]*states, screens)),
         "policy, 15 proposals": ("actions", 15*states, lambda: policy.act(goals, [""]*states, screens, n=15)), "embedding f(s, a)": ("pairs", len(pairs), lambda: embedder.embed(pairs))}
     return pd.DataFrame([dict(part=name, unit=unit, per_second=n/_seconds(work)) for name, (unit, n, work) in parts.items()]).set_index("part")
 

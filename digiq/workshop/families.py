@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor, PreTrainedTokenizerFast,
     Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor)
 
-from .base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts, train_tokenizer
-from ..core import ConfigError, derive_seed, seed_all
+from ..core import ConfigError, seed_all
 from ..vlm.representation import VLM
+from .base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts, train_tokenizer
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-007
 def _tokenizer(image, *special):
