@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'parameter', 'words', 'from_nbs', 'preset_path',
-           'overlay', 'override', 'load_preset', 'given', 'judge_settings', 'device_settings', 'is_sequential',
-           'one_temperature']
+           'overlay', 'override', 'read_preset', 'load_preset', 'given', 'judge_settings', 'device_settings',
+           'is_sequential', 'one_temperature']
 
 # %% ../../nbs/runs/62_presets.ipynb #62p-002
 import re
@@ -155,19 +155,29 @@ def override(
     "Other settings. Raises `ConfigError` for a field that does not exist."
     return from_dict(Preset, overlay(old := to_dict(preset), _typed(old, changes)))
 
-def load_preset(
-    name:str|Path="tiny", # of a preset of the package, or a YAML file
-    /,
-    **changes, # as for `override`
-) -> Preset:
-    "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."
-    path = preset_path(name)
+# %% ../../nbs/runs/62_presets.ipynb #65-010b
+def read_preset(
+    path:Path, # a YAML file
+) -> dict: # its settings, on those of the preset that it is `like`
+    "The settings of a file. Raises `ConfigError` where they are none."
     try: found = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict):
         why = disguise(path)
-        raise ConfigError(f"{path} is {why}" if "pointer" in why or "page" in why else f"{path} holds no settings by name: write them like `horizon: 20`")
-    return override(from_dict(Preset, {"name": path.stem} | found, path.name), **changes)
+        foreign = "pointer" in why or "page" in why
+        raise ConfigError(f"{path} is {why}" if foreign else f"{path} holds no settings by name: write them like `horizon: 20`")
+    like = found.pop("like", None)
+    return overlay(read_preset(preset_path(like)), found) if like else found
+
+def load_preset(
+    name:str|Path="tiny", # of a preset of the package, or a YAML file
+    /,
+    like:str|None=None, # the preset that `changes` are like, in the place of `name`
+    **changes, # as for `override`
+) -> Preset:
+    "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."
+    path = preset_path(like or name)
+    return override(from_dict(Preset, {"name": path.stem} | read_preset(path), path.name), **changes)
 
 # %% ../../nbs/runs/62_presets.ipynb #65-012
 def given(
@@ -176,7 +186,7 @@ def given(
 ) -> dict: # for `load_preset`
     "Settings that a run notebook was given."
     fields = Preset.__dataclass_fields__
-    long = {k: v for k, v in variables.items() if k in fields and (isinstance(v, dict) or k not in short)}
+    long = {k: v for k, v in variables.items() if (k in fields or k == "like") and (isinstance(v, dict) or k not in short)}
     return overlay(long, {k: {n: x for n, x in v.items() if not isinstance(x, dict)} for k, v in short.items()})
 
 # %% ../../nbs/runs/62_presets.ipynb #65-017
