@@ -58,7 +58,8 @@ def collect(
     order: Order = "random", episodes: Episodes = None, repeats: Repeats = None,
     temperature: Annotated[float | None, typer.Option(help="of the behaviour policy; the preset's by default")] = None,
     device: Device = "simphone", serials: Serials = "", avd: Avd = "", emulators: Emulators = 4,
-    judge: Judge = "", judge_url: JudgeUrl = OPENAI, judge_key: JudgeKey = "OPENAI_API_KEY", judge_examples: JudgeExamples = "",
+    judge: Judge = "", judge_url: JudgeUrl = OPENAI, judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_examples: JudgeExamples = "",
 ):
     "Record episodes of the behaviour policy."
     from digiq.runs import device_settings, is_sequential, load_preset, open_run
@@ -73,12 +74,14 @@ def evaluate(
     run_dir: Run,
     agents: Annotated[list[str], typer.Argument(help="policies of the run; with _rerank behind them they act by Q")] = ("behaviour",),
     preset: Preset = "tiny", seed: Seed = 0, task_set: TaskSet = None,
-    split: Annotated[Literal["train", "val", "test"] | None, typer.Option(help="of the tasks; the preset's by default")] = None,
+    split: Annotated[Literal["train", "val", "test"] | None,
+    typer.Option(help="of the tasks; the preset's by default")] = None,
     order: Order = "random", episodes: Episodes = None, repeats: Repeats = None,
     temperature: Annotated[float | None, typer.Option(
         help="of all agents; by default each agent's own, the best of the preset's list on validation tasks")] = None,
     device: Device = "simphone", serials: Serials = "", avd: Avd = "", emulators: Emulators = 4,
-    judge: Judge = "", judge_url: JudgeUrl = OPENAI, judge_key: JudgeKey = "OPENAI_API_KEY", judge_examples: JudgeExamples = "",
+    judge: Judge = "", judge_url: JudgeUrl = OPENAI, judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_examples: JudgeExamples = "",
 ):
     "Play agents on held-out tasks."
     from digiq.runs import device_settings, is_sequential, one_temperature, open_run, preset_of

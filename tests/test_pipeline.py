@@ -219,7 +219,7 @@ def test_missing_model(models, tmp_path, field, told):
 
 def test_models_that_do_not_fit(models, tmp_path):
     lab = standins.experiment(models, tmp_path, "image_encoder=tiny-vlm")
-    with pytest.raises(DigiqError, match="expects image features of width 48, but eyes 'tiny-vlm' give 144"): lab.collect()
+    with pytest.raises(DigiqError, match="expects image features of width 48, but the image encoder 'tiny-vlm' gives 144"): lab.collect()
     lab = standins.experiment(models, tmp_path/"b", "representation.side=200")
     lab.collect()
     with pytest.raises(DigiqError, match="reads pictures of 160 pixels, but representation.side is 200: set it to 160"): lab.finetune()

@@ -198,10 +198,10 @@ def test_length_groups_change_nothing(monkeypatch):
         found = real(lengths, *price)
         parts.append(len(found))
         return found
-    monkeypatch.setattr(training, "alike", counted)
+    monkeypatch.setattr(training, "length_buckets", counted)
     split, _ = train_policy()
     assert max(parts) > 1
-    monkeypatch.setattr(training, "alike", lambda lengths: [np.arange(len(lengths))])
+    monkeypatch.setattr(training, "length_buckets", lambda lengths: [np.arange(len(lengths))])
     whole, _ = train_policy()
     for a, b in zip(split, whole): assert abs(a["loss"] - b["loss"]) < 1e-5*abs(b["loss"])
 

@@ -37,10 +37,13 @@ def take_agent(self:Experiment,
     taken = dict(taken_from=Path(path).name)
     for name in "critic", "digiq":
         report = self.path/"checkpoints"/name/"report.json"
-        if report.exists() and read_json(report).get("taken_from") != taken["taken_from"]: raise ConfigError(f"{self.path} has a {name} already: choose another run_dir for this agent")
+        if report.exists() and read_json(report).get("taken_from") != taken["taken_from"]:
+            raise ConfigError(f"{self.path} has a {name} already: choose another run_dir for this agent")
     policy, critic, _ = load_agent(path, self.preset.policy, self.preset.critic.text_encoder)
-    sizes, found = dict(screen=critic.screen_dim, representation=critic.rep_dim), dict(screen=self.width, representation=Embeddings(self.path/"embeddings").width)
-    if sizes != found: raise ConfigError(f"the agent {path} wants widths {sizes}, this run has {found}: take over the episodes that were published with it")
+    sizes, found = dict(screen=critic.screen_dim, representation=critic.rep_dim), dict(screen=self.width,
+        representation=Embeddings(self.path/"embeddings").width)
+    if sizes != found:
+        raise ConfigError(f"the agent {path} wants widths {sizes}, this run has {found}: take over the episodes that were published with it")
     def make(save):
         def write(p):
             save(p)
@@ -59,6 +62,7 @@ def load_trained(self:Experiment,
     self.require(name)
     with readable((self.path/"checkpoints"/name).absolute()) as path: return self.load_policy(path)
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061-2
 @patch
 def agent(self:Experiment,
     name:str, # "behaviour", or a trained policy; with "_rerank" its samples are re-ranked by Q, with "_vote" it does what most of them say
@@ -66,12 +70,14 @@ def agent(self:Experiment,
 ): # with `act`
     "An agent of the experiment."
     plain, n = name.removesuffix("_rerank").removesuffix("_vote"), self.preset.evaluation.rerank
-    if plain not in ("behaviour", *RULES, *ceilings.LABELS): raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank or _vote")
+    if plain not in ("behaviour", *RULES, *ceilings.LABELS):
+        raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank or _vote")
     policy = self.behaviour if plain == "behaviour" else self.load_trained(plain)
     if plain == name: return policy
     if name.endswith("_vote"): return Voter(policy, n)
     return Reranker(policy, self.scorer(), n, self.support(name) if support is None else support)
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061-3
 @patch
 def support(self:Experiment,
     name:str, # of a re-ranked agent
@@ -79,13 +85,16 @@ def support(self:Experiment,
     "What `tune` has chosen; the least one before."
     return self.metrics().get("supports", {}).get(name, min(self.preset.evaluation.supports))
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061-4
 @patch
 def shops(self:Experiment,
     split:str, # of the tasks
 ) -> dict: # by task id, "known" where training shows the shop, else "unknown"; empty for task sets that do not say
     "Which tasks are in shops that training shows."
-    return {t.id: "known" if t.site in tasks.sites("train") else "unknown" for t in self.tasks(split)} if self.preset.task_set == "webshop" else {}
+    return {t.id: "known" if t.site in tasks.sites("train") else "unknown"
+        for t in self.tasks(split)} if self.preset.task_set == "webshop" else {}
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061-5
 @patch
 def held_out(self:Experiment,
     episodes:int, # how many
@@ -105,8 +114,10 @@ def tune(self:Experiment,
     "The temperature at which an agent succeeds most often on validation tasks, of re-ranked agents together with the support; the coolest of equals."
     cfg, again = self.preset.evaluation, name.endswith("_rerank")
     warm = [t for t in sorted(set(cfg.temperatures)) if t or not (again or name.endswith("_vote"))] # samples at 0 are all alike
-    if not warm: raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
-    choice = {f"{t:g} support {k:g}" if again else f"{t:g}": (t, k) for t in warm for k in (sorted(set(cfg.supports)) if again else [None])}
+    if not warm:
+        raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
+    choice = {f"{t:g} support {k:g}" if again else f"{t:g}": (t, k) for t in warm
+        for k in (sorted(set(cfg.supports)) if again else [None])}
     def make():
         play = lambda x, t, k: self.play(f"tuning/{name}/{x}", self.agent(name, k), "val", self.held_out(cfg.tuning, t))
         return {x: float(evaluation.outcomes(play(x, t, k)).success.mean()) for x, (t, k) in choice.items()}
@@ -127,12 +138,14 @@ def evaluate(self:Experiment,
 ) -> pd.DataFrame: # how each episode ended
     "Play held-out tasks at the agent's own temperature. The screens of the behaviour policy are kept: the critic is checked on them."
     cfg, temperature = self.preset.evaluation, self.tune(name)
-    store = self.play(f"evaluations/{name}", self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature, name == "behaviour"), sequential, repeats)
+    store = self.play(f"evaluations/{name}", self.agent(name), cfg.split,
+        self.held_out(cfg.episodes, temperature, name == "behaviour"), sequential, repeats)
     ended = evaluation.evaluate(self, name, store, self.shops(cfg.split))
     self.update_metrics(temperatures={name: temperature})
     self.note()
     return ended
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061b-2
 @patch
 def evaluate_at_collection(self:Experiment,
     name:str, # see `agent`
@@ -140,17 +153,20 @@ def evaluate_at_collection(self:Experiment,
     "Play the same tasks at the temperature at which episodes were collected. Where that is the agent's own, nothing is played again."
     cfg, temperature = self.preset.evaluation, self.preset.collection.temperature
     own = self.tune(name) == temperature and self.finished(f"evaluations/{name}")
-    store = EpisodeStore(self.path/"evaluations"/name) if own else self.play(f"evaluations/{name}_at_collection", self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature))
+    store = EpisodeStore(self.path/"evaluations"/name) if own else self.play(f"evaluations/{name}_at_collection",
+        self.agent(name), cfg.split, self.held_out(cfg.episodes, temperature))
     ended = evaluation.outcomes(store)
     self.update_metrics(success_at_collection={name: evaluation.success(ended, self.shops(cfg.split))})
     self.note()
     return ended
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061b-3
 @patch
 def table(self:Experiment) -> pd.DataFrame: # a row an agent
     "Success rates so far, and the temperatures at which agents act."
     return evaluation.table(self.rates(), self.metrics().get("temperatures", {}))
 
+# %% ../../nbs/runs/66_agents.ipynb #65-061b-4
 @patch
 def rates(self:Experiment) -> dict: # success rates by agent
     "Success rates so far, in the order in which agents are usually named."
@@ -167,14 +183,18 @@ def judge_agreement(self:Experiment,
 ) -> pd.DataFrame: # counts; rows: the truth, columns: what the judge says
     "Compare a judge with the truth; agreement and Cohen's kappa go to metrics.json."
     self.require(f"evaluations/{agent}")
-    if self.preset.devices.kind != "simphone": raise DigiqError("the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another run_dir")
-    store, judge, rng = EpisodeStore(self.path/"evaluations"/agent), Judge(cfg, self.path/"judge"), np.random.default_rng(derive_seed(self.seed, "judge"))
+    if self.preset.devices.kind != "simphone":
+        raise DigiqError("the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another run_dir")
+    store, judge, rng = EpisodeStore(self.path/"evaluations"/agent), Judge(cfg,
+        self.path/"judge"), np.random.default_rng(derive_seed(self.seed, "judge"))
     steps = store.episodes()
     last = steps[(steps.action == "") & (steps.error == "") & (steps.step > 1)]
     last = last.iloc[np.sort(rng.permutation(len(last))[:most // 2])]
     won = steps.groupby("episode").reward.max() >= 1
-    asked = [(r, at, bool(won[r.episode]) and at == r.step) for r in last.itertuples() for at in (r.step, int(rng.integers(1, r.step)))]
-    screens = [[store.screen(r.episode, k) for k in (at - 1, at)] for r, at, _ in progress(asked, desc="asking the judge")]
+    asked = [(r, at, bool(won[r.episode]) and at == r.step) for r in last.itertuples()
+        for at in (r.step, int(rng.integers(1, r.step)))]
+    screens = [[store.screen(r.episode, k) for k in (at - 1, at)]
+        for r, at, _ in progress(asked, desc="asking the judge")]
     said = [judge(SimpleNamespace(id=r.task_id, goal=r.goal), *shown) >= 1 for (r, _, _), shown in zip(asked, screens)]
     table = confusion([truth for *_, truth in asked], said)
     self.update_metrics(judge={cfg.model: kappa(table) | {"counts": table.to_numpy().tolist()}})
@@ -190,14 +210,18 @@ def probes(self:Experiment,
     "Held-out states whose candidates differ, with the truth about each candidate."
     self.require("evaluations/behaviour")
     p, store, held_out = self.preset, EpisodeStore(self.path/"evaluations"/"behaviour"), self.tasks(self.preset.evaluation.split)
-    found = evaluation.probes(store, held_out, self.behaviour, self.make_env(held_out, p.horizon).device, states, n or p.proposals.n, p.proposals.temperature, self.seed, mixed)
-    if not found: raise DigiqError("in no held-out state do the candidates differ in what they lead to: evaluate behaviour on more episodes")
+    found = evaluation.probes(store, held_out, self.behaviour, self.make_env(held_out, p.horizon).device, states,
+        n or p.proposals.n, p.proposals.temperature, self.seed, mixed)
+    if not found:
+        raise DigiqError("in no held-out state do the candidates differ in what they lead to: evaluate behaviour on more episodes")
     return found
 
+# %% ../../nbs/runs/66_agents.ipynb #65-065-2
 @patch
 def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
     "How well the critics rank candidates of held-out states."
-    names = [n for n in ("critic", "critic_without_representation") if n == "critic" or (self.path/"checkpoints"/n).exists()]
+    names = [n for n in ("critic", "critic_without_representation") if n == "critic"
+        or (self.path/"checkpoints"/n).exists()]
     def make():
         found = self.probes(self.preset.evaluation.states)
         return {n: evaluation.check_critic(found, self.scorer(n)) for n in names}
@@ -218,6 +242,7 @@ def returns(
     steps["happened"] = np.where(away.notna(), gamma**away.fillna(0), 0.)
     return steps[steps.action.map(is_valid)]
 
+# %% ../../nbs/runs/66_agents.ipynb #65-066-2
 @patch
 def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.runs.evaluation.reliability`
     "What the critic predicts for recorded actions of held-out episodes, beside what happened."
@@ -229,11 +254,14 @@ def reliability(self:Experiment) -> pd.DataFrame: # see `digiq.runs.evaluation.r
         predicted, scorer = [], self.scorer()
         for part in progress(np.array_split(np.arange(len(steps)), -(-len(steps) // 64)), desc="reliability"):
             rows = steps.iloc[part]
-            shown, before = ([store.screen(e, max(0, s - back)) for e, s in zip(rows.episode, rows.step)] for back in (0, 1))
-            predicted += [q[0] for q in scorer(rows.goal.tolist(), rows.previous.tolist(), shown, before, [[a] for a in rows.action])[0]]
+            shown, before = ([store.screen(e, max(0, s - back)) for e, s in zip(rows.episode, rows.step)]
+                for back in (0, 1))
+            predicted += [q[0] for q in scorer(rows.goal.tolist(), rows.previous.tolist(), shown, before,
+                [[a] for a in rows.action])[0]]
         return evaluation.reliability(np.array(predicted), steps.happened.to_numpy()).to_dict("records")
     bins = pd.DataFrame(self.result("reliability", make))
-    self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(), weights=bins.n))})
+    self.update_metrics(critic={"calibration_error": float(np.average((bins.predicted - bins.happened).abs(),
+        weights=bins.n))})
     return bins
 
 # %% ../../nbs/runs/66_agents.ipynb #65-p03
@@ -243,14 +271,17 @@ def draw_states(self:Experiment,
 ) -> Image.Image:
     "Held-out states with their candidates and what the critic thinks of them."
     found = plots.vary(self.probes(4*n), n)
-    q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found], [p.before for p in found], [p.candidates for p in found])
+    q, v = self.scorer()([p.goal for p in found], [p.previous for p in found], [p.screen for p in found],
+        [p.before for p in found], [p.candidates for p in found])
     return plots.draw_states(found, q, v)
 
+# %% ../../nbs/runs/66_agents.ipynb #65-p03-2
 @patch
 def draw_reliability(self:Experiment) -> Image.Image:
     "Predicted Q against what happened."
     return plots.small_picture(evaluation.plot_reliability(self.reliability()).figure)
 
+# %% ../../nbs/runs/66_agents.ipynb #65-p03-3
 @patch
 def draw_success(self:Experiment) -> Image.Image:
     "Success of all agents evaluated so far."

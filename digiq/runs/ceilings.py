@@ -38,7 +38,8 @@ def truth_of(
         if not (r.action or r.error): break
         now, best = distance(phone, task, NEVER), render(on_grid(oracle(phone, task)))
         names, index = proposals.distinct(r.episode, r.step)
-        out += [dict(row=r.Index, episode=r.episode, step=r.step, action=a, count=index.count(k), recorded=index[0] == k, success=won, left=left_after(phone, task, parse(a)), now=now, best=best)
+        out += [dict(row=r.Index, episode=r.episode, step=r.step, action=a, count=index.count(k),
+            recorded=index[0] == k, success=won, left=left_after(phone, task, parse(a)), now=now, best=best)
                 for k, a in enumerate(names) if is_valid(a)]
     return out
 
@@ -54,7 +55,8 @@ def truths(
     named, out = {t.id: t for t in tasks}, Shards(run.path/"truths", ".parquet")
     with run.stage("truths", dict(shard=shard)) as stage:
         if not stage.done:
-            proposals, episodes = Proposals(run.path/"proposals"), [e for _, e in EpisodeStore(run.path/"episodes").episodes().groupby("episode")]
+            proposals, episodes = Proposals(run.path/"proposals"), [e
+                for _, e in EpisodeStore(run.path/"episodes").episodes().groupby("episode")]
             parts = [episodes[i:i + shard] for i in range(0, len(episodes), shard)]
             def make(k, advance):
                 rows, file = [], io.BytesIO()
@@ -72,7 +74,8 @@ def true_scores(
 ) -> Scores: # states numbered in the order of their rows
     "Candidates with the truth for Q and V"
     number = np.unique(found.row, return_inverse=True)[1]
-    return Scores(state=number, action=found.action.to_numpy(object), count=found["count"].to_numpy(), recorded=found.recorded.to_numpy(bool), valid=np.ones(len(found), bool),
+    return Scores(state=number, action=found.action.to_numpy(object), count=found["count"].to_numpy(),
+        recorded=found.recorded.to_numpy(bool), valid=np.ones(len(found), bool),
         success=found.success.to_numpy(bool), q=-found.left.to_numpy(np.float32), v=-found.now.to_numpy(np.float32))
 
 def oracle_scores(
@@ -89,11 +92,13 @@ def right_labels(
     supports:Sequence[float]=(0., .05, .1, .2, .5, 1.) # powers of the number of proposals that multiplies Q
 ) -> pd.DataFrame: # rows with support, right (share of the states, 0..1), states
     "How often the best candidate by a critic is good, in states where candidates differ"
-    if (found.action.to_numpy(object) != scores.action).any(): raise DataError("scores and truths are of other candidates: score this run's again")
+    if (found.action.to_numpy(object) != scores.action).any():
+        raise DataError("scores and truths are of other candidates: score this run's again")
     good = (found.left < found.now).to_numpy()
     share = pd.Series(good).groupby(scores.state).transform("mean").to_numpy()
     rows = {k: [r for r in best(scores, k) if 0 < share[r] < 1] for k in supports}
-    return pd.DataFrame([dict(support=k, right=good[r].mean() if r else np.nan, states=len(r)) for k, r in rows.items()])
+    return pd.DataFrame([dict(support=k, right=good[r].mean() if r else np.nan, states=len(r))
+        for k, r in rows.items()])
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-015
 LABELS = { # ceilings of learning: the table, and the rows of it to imitate
@@ -113,7 +118,8 @@ def teach(
     make, choose = LABELS[name]
     scores, here = make(found), np.unique(found.row)
     prompts = EpisodeStore(run.path/"episodes").episodes().prompt.iloc[here].tolist()
-    return fit_policy(policy, SimpleNamespace(here=here), prompts, Embeddings(run.path/"screens"), scores, choose(scores), cfg, seed, name, **how)
+    return fit_policy(policy, SimpleNamespace(here=here), prompts, Embeddings(run.path/"screens"), scores,
+        choose(scores), cfg, seed, name, **how)
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-017
 class TruthReranker:
@@ -137,7 +143,8 @@ class TruthReranker:
         "The best of the samples by the truth"
         shown = {id(e.screen): e for e in self.envs if hasattr(e, "screen")}
         names = self.policy.act(goals, histories, screens, before, self.n, temperature)
-        return [[min(dict.fromkeys(some), key=lambda a: _left(shown[id(screen)], a))] for some, screen in zip(names, screens)]
+        return [[min(dict.fromkeys(some), key=lambda a: _left(shown[id(screen)], a))]
+            for some, screen in zip(names, screens)]
 
 def _left(env, action): return left_after(env.device, env.task, parse(action)) if is_valid(action) else NEVER + 1
 
@@ -148,8 +155,10 @@ def habits(
     "How often the favourite is wrong while a right candidate is among the others"
     def share(some):
         right, first = np.array([p.good.any() for p in some]), np.array([p.good[np.argmax(p.counts)] for p in some])
-        return dict(most_proposed_wrong=float((right & ~first).mean()), right_among=float(right.mean()), states=len(some))
-    return dict(share(found), levels={str(k): share([p for p in found if p.level == k]) for k in sorted({p.level for p in found})})
+        return dict(most_proposed_wrong=float((right & ~first).mean()), right_among=float(right.mean()),
+            states=len(some))
+    return dict(share(found), levels={str(k): share([p for p in found if p.level == k])
+        for k in sorted({p.level for p in found})})
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-024
 def plot_samples(
@@ -161,8 +170,10 @@ def plot_samples(
     ax = ax or plt.subplots(figsize=(4.2, 3.2), layout="constrained")[1]
     for critic, colour in dict(perfect="#009E73", learnt="#0072B2").items():
         c = curve[curve.critic == critic].sort_values("samples")
-        ax.errorbar(c.samples, 100*c["mean"], yerr=100*np.array([c["mean"] - c.low, c.high - c["mean"]]), fmt="o-", color=colour, capsize=3, ms=4, label=f"{critic} critic")
-    ax.set_xscale("log", base=2); ax.set_xticks(sorted(set(curve.samples)), sorted(set(curve.samples))); ax.set_ylim(0, 100)
+        ax.errorbar(c.samples, 100*c["mean"], yerr=100*np.array([c["mean"] - c.low, c.high - c["mean"]]), fmt="o-",
+            color=colour, capsize=3, ms=4, label=f"{critic} critic")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(set(curve.samples)), sorted(set(curve.samples))); ax.set_ylim(0, 100)
     ax.set_xlabel("samples a step"); ax.set_ylabel("success on validation tasks, %"); ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

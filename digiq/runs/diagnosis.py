@@ -23,7 +23,8 @@ from .experiment import Experiment
 @patch
 def needs_truth(self:Experiment):
     "Raise `DigiqError` where the phones do not know the truth."
-    if self.preset.devices.kind != "simphone": raise DigiqError("the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
+    if self.preset.devices.kind != "simphone":
+        raise DigiqError("the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
 
 @patch
 def habits(self:Experiment) -> pd.DataFrame: # a row a level, and all
@@ -31,7 +32,8 @@ def habits(self:Experiment) -> pd.DataFrame: # a row a level, and all
     self.needs_truth()
     found = self.result("habits", lambda: ceilings.habits(self.probes(self.preset.evaluation.states, 16, mixed=False)))
     self.update_metrics(habits=found)
-    return pd.DataFrame({"all": {k: found[k] for k in found if k != "levels"}} | {f"level {k}": x for k, x in found["levels"].items()}).T
+    return pd.DataFrame({"all": {k: found[k] for k in found if k != "levels"}} | {f"level {k}": x
+        for k, x in found["levels"].items()}).T
 
 # %% ../../nbs/runs/67_diagnosis.ipynb #65-068c
 @patch
@@ -43,11 +45,14 @@ def teach(self:Experiment,
     self.require("screens", "proposals")
     def make(path):
         policy, found = self.base_policy(), self.truths()
-        history = ceilings.teach(self, name, found, policy, replace(self.preset.actor, reference=self.preset.reference), self.seed, history=self.log(name), training_state=self.training_state(name))
+        history = ceilings.teach(self, name, found, policy,
+            replace(self.preset.actor, reference=self.preset.reference), self.seed, history=self.log(name),
+            training_state=self.training_state(name))
         policy.save(path)
         return dict(**history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
 
+# %% ../../nbs/runs/67_diagnosis.ipynb #65-068c-2
 @patch
 def ceiling(self:Experiment) -> pd.DataFrame: # a row a ceiling
     "Success on validation tasks of a policy taught by the oracle, of perfect extraction at its best temperature, and of perfect re-ranking of 16 samples at temperature 1."
@@ -57,7 +62,8 @@ def ceiling(self:Experiment) -> pd.DataFrame: # a row a ceiling
         perfect = ceilings.TruthReranker(self.behaviour, self.make_env) if name == "perfect_rerank" else None
         if not perfect: self.teach(name)
         warm[name] = 1. if perfect else self.tune(name)
-        store = self.play(f"ceilings/{name}", perfect or self.agent(name), "val", self.held_out(cfg.episodes, warm[name]), make_env=perfect and perfect.make_env)
+        store = self.play(f"ceilings/{name}", perfect or self.agent(name), "val",
+            self.held_out(cfg.episodes, warm[name]), make_env=perfect and perfect.make_env)
         found[name] = evaluation.success(evaluation.outcomes(store), self.shops("val")) | dict(temperature=warm[name])
     self.update_metrics(ceiling=found)
     self.note()
@@ -77,13 +83,18 @@ def samples(self:Experiment,
         perfect = ceilings.TruthReranker(policy, self.make_env, n) if critic == "perfect" else None
         stage = f"samples/{name}/{critic if n > 1 else 'one'}/{n}" # one sample is the plain policy, whoever chooses
         chooser = policy if n == 1 else perfect or Reranker(policy, self.scorer(), n, self.support(f"{name}_rerank"))
-        store = self.play(stage, chooser, "val", self.held_out(cfg.episodes, temperature), make_env=perfect and n > 1 and perfect.make_env)
-        record, rate = read_json(self.path/"stages"/f"{stage}.json"), evaluation.success(evaluation.outcomes(store), self.shops("val"))
+        store = self.play(stage, chooser, "val", self.held_out(cfg.episodes, temperature),
+            make_env=perfect and n > 1 and perfect.make_env)
+        record, rate = read_json(self.path/"stages"/f"{stage}.json"), evaluation.success(evaluation.outcomes(store),
+            self.shops("val"))
         rows.append(dict(critic=critic, samples=n, **rate, seconds=record["seconds"]/record["counts"]["steps"]))
-    self.update_metrics(samples={name: dict(temperature=temperature) | {c: {str(r["samples"]): {k: x for k, x in r.items() if k not in ("critic", "samples")} for r in rows if r["critic"] == c} for c in ("learnt", "perfect")}})
+    self.update_metrics(samples={name: dict(temperature=temperature) | {c: {str(r["samples"]): {k: x
+        for k, x in r.items() if k not in ("critic", "samples")} for r in rows if r["critic"] == c}
+        for c in ("learnt", "perfect")}})
     self.note()
     return pd.DataFrame(rows)[["critic", "samples", "mean", "low", "high", "episodes", "seconds"]]
 
+# %% ../../nbs/runs/67_diagnosis.ipynb #65-068d-2
 @patch
 def draw_samples(self:Experiment,
     name:str="behaviour", # see `samples`
@@ -102,12 +113,14 @@ def interpolations(self:Experiment,
     cfg, temperature, found = self.preset.evaluation, self.tune(name), {}
     for alpha in alphas:
         policy, start = self.load_trained(name), self.base_policy()
-        training.interpolate([*start.model.parameters()], [*policy.model.parameters()], alpha/self.preset.actor.interpolation)
+        training.interpolate([*start.model.parameters()], [*policy.model.parameters()],
+            alpha/self.preset.actor.interpolation)
         store = self.play(f"interpolations/{name}/{alpha:g}", policy, "val", self.held_out(cfg.episodes, temperature))
         found[f"{alpha:g}"] = evaluation.success(evaluation.outcomes(store), self.shops("val"))
     self.update_metrics(interpolations={name: found})
     self.note()
-    return pd.DataFrame([dict(alpha=float(a), **rate) for a, rate in found.items()])[["alpha", "mean", "low", "high", "episodes"]]
+    return pd.DataFrame([dict(alpha=float(a), **rate) for a, rate in found.items()])[["alpha", "mean", "low", "high",
+        "episodes"]]
 
 # %% ../../nbs/runs/67_diagnosis.ipynb #65-068g
 @patch
@@ -118,6 +131,7 @@ def truths(self:Experiment) -> pd.DataFrame: # see `digiq.runs.ceilings.truths`
     shown = [t for split in tasks.SPLITS for t in self.tasks(split)]
     return ceilings.truths(self, shown, self.make_env(shown, self.preset.horizon).device, self.workers)
 
+# %% ../../nbs/runs/67_diagnosis.ipynb #65-068g-2
 @patch
 def right_labels(self:Experiment) -> pd.DataFrame: # rows with support, right, states
     "How often the label that Best-of-N makes of this run's scores is right, by support."

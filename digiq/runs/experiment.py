@@ -64,7 +64,8 @@ class Experiment(Run):
     @contextmanager
     def stage(self, name, config):
         "As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number of threads."
-        with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads): yield stage
+        with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads):
+            yield stage
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-027
 @patch
@@ -72,7 +73,8 @@ def settings(self:Experiment,
     stage:str, # its name
 ) -> dict: # plain values
     "Every setting that the result of a stage depends on."
-    found = to_dict(self.preset) | {"policy": fingerprint(self.preset.policy), "image_encoder": fingerprint(self.preset.image_encoder)}
+    found = to_dict(self.preset) | {"policy": fingerprint(self.preset.policy),
+        "image_encoder": fingerprint(self.preset.image_encoder)}
     found["representation"] = found["representation"] | {"model": fingerprint(self.preset.representation.model)}
     found["embedding"].pop("servers") # which of them computes does not matter
     return {k: found[k] for k in lineage(stage)} | played_on(found["devices"]) | {"seed": self.seed}
@@ -84,7 +86,8 @@ def open_run(
     seed:int=0, # of everything random
 ) -> Experiment:
     "Begin an experiment, or go on with one."
-    return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset), parameter(seed, int, "seed"))
+    return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset),
+        parameter(seed, int, "seed"))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-030b
 def recorded_settings(
@@ -126,6 +129,7 @@ def finished(self:Experiment,
     record = self.path/"stages"/f"{stage}.json"
     return record.exists() and read_json(record)["done"]
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-032-2
 @patch
 def require(self:Experiment,
     *stages:str, # names
@@ -136,27 +140,33 @@ def require(self:Experiment,
         call = CALLS.get(name) or f"{'evaluate' if '/' in name else 'train_policy'}({name.rpartition('/')[2]!r})"
         raise DigiqError(f"{self.path} has no finished stage {name}: call {call if '(' in call else call + '()'} first")
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-032-3
 @patch
 def note(self:Experiment):
     "Bring metrics.json up to date."
     stages = self.path/"stages"
     found = {f.relative_to(stages).with_suffix("").as_posix(): read_json(f) for f in sorted(stages.rglob("*.json"))}
     done = {name: record for name, record in found.items() if record["done"]}
-    self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()}, counts={k: r["counts"] for k, r in done.items() if r["counts"]},
-        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, digiq=__version__))
+    self.update_metrics(preset=self.preset.name, seed=self.seed, seconds={k: r["seconds"] for k, r in done.items()},
+        counts={k: r["counts"] for k, r in done.items() if r["counts"]},
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+        transformers=transformers.__version__, digiq=__version__))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-035
 def _load(what, name, load):
     path = Path(model_path(name)).expanduser()
     missing = f"{what} {name!r} cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
-    if (path.is_absolute() or name.startswith(".")) and not path.is_dir(): raise DigiqError(f"{missing} (there is no such directory)")
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise DigiqError(f"{missing} (there is no such directory)")
     try: return load(str(path))
     except (OSError, ValueError) as e: raise DigiqError(f"{missing} ({str(e).splitlines()[0]})") from None
 
 @patch(as_prop=True)
 def image_encoder(self:Experiment) -> ImageEncoder:
     "The frozen vision tower."
-    if "_image_encoder" not in self.__dict__: self._image_encoder = _load("the VLM of the image encoder", self.preset.image_encoder, lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
+    if "_image_encoder" not in self.__dict__:
+        self._image_encoder = _load("the VLM of the image encoder", self.preset.image_encoder,
+            lambda p: ImageEncoder.from_pretrained(p, self.preset.device))
     return self._image_encoder
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-037
@@ -168,6 +178,7 @@ def has(self:Experiment,
     folder = self.preset.collection.recorded
     return bool(folder) and (from_nbs(folder)/name).is_dir()
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-037-2
 @patch
 def take_over(self:Experiment,
     name:str, # of a stage
@@ -175,7 +186,8 @@ def take_over(self:Experiment,
     "Make recorded data the result of a stage. Raises `DigiqError` where it was not converted to the end."
     source = from_nbs(self.preset.collection.recorded)
     record = source/"stages"/"converted.json"
-    if not record.exists() or not read_json(record)["done"]: raise DigiqError(f"{source} holds no converted episodes: run digiq convert released FILE {source} first, to its end")
+    if not record.exists() or not read_json(record)["done"]:
+        raise DigiqError(f"{source} holds no converted episodes: run digiq convert released FILE {source} first, to its end")
     counts = read_json(record)["counts"]
     with self.stage(name, {"converted": counts}) as stage:
         if not stage.done:
@@ -188,6 +200,7 @@ def take_over(self:Experiment,
     self.note()
     return stage.counts
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-037-3
 @patch(as_prop=True)
 def width(self:Experiment) -> int:
     "Width of the image features of a patch, or of a screen where there is one vector a screen."
@@ -202,6 +215,7 @@ def load_policy(self:Experiment,
     image_encoder = self.image_encoder if not self.preset.collection.recorded else lambda *screens: self.image_encoder(*screens) # training on what is recorded needs none
     return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, image_encoder, self.preset.device))
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-038-2
 @patch
 def base_policy(self:Experiment) -> Policy:
     "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
@@ -210,6 +224,7 @@ def base_policy(self:Experiment) -> Policy:
         raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.model.config.image_dim}, but {'the recorded ones have' if self.has('screens') else f'the image encoder {self.preset.image_encoder!r} gives'} {self.width}: name the VLM it was made with")
     return policy
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-038-3
 @patch(as_prop=True)
 def behaviour(self:Experiment) -> Policy:
     "The behaviour policy."
@@ -222,13 +237,16 @@ def tasks(self:Experiment,
     split:str, # train, val or test
 ) -> list: # of `Task`
     "The tasks of a split; of the one that is evaluated on, the first few where the preset says so."
-    return tasks.load(self.preset.task_set, split)[:self.preset.evaluation.first if split == self.preset.evaluation.split else None]
+    return tasks.load(self.preset.task_set,
+        split)[:self.preset.evaluation.first if split == self.preset.evaluation.split else None]
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-041-2
 @patch
 def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     "A phone of its own, with the preset's disturbance."
     return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon)
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-041-3
 @patch
 def play(self:Experiment,
     name:str, # of the set
@@ -242,10 +260,14 @@ def play(self:Experiment,
     "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
     played, kind = self.tasks(split), self.preset.devices.kind
     if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
-    if kind == "simphone": return rollout.collect(self, played, policy, make_env or self.make_env, cfg, name, self.seed, self.workers, sequential)
+    if kind == "simphone":
+        return rollout.collect(self, played, policy, make_env or self.make_env, cfg, name, self.seed, self.workers,
+            sequential)
     with nullcontext([]) if self.finished(name) else open_devices(self.preset.devices, self.path/"judge") as makers:
-        return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet, name, self.seed, sequential) # a real phone cannot play an episode again
+        return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet,
+            name, self.seed, sequential) # a real phone cannot play an episode again
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-041-4
 @patch
 def collect(self:Experiment,
     split:str="train", # of the tasks
@@ -260,10 +282,12 @@ def collect(self:Experiment,
     cfg = Rollout(p.collection.episodes, p.collection.phones, p.collection.temperature, p.horizon, p.collection.shard)
     ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
-    if not ended.success.any(): raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
+    if not ended.success.any():
+        raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
     return _by_level(ended)
 
-def _by_level(ended): return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
+def _by_level(ended): return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"),
+    steps=("steps", "mean"))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-043
 @patch
@@ -277,6 +301,7 @@ def featurise(self:Experiment) -> dict: # counts
     self.note()
     return dict(screens=len(features), patches=self.image_encoder.side**2, width=self.image_encoder.dim)
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-043-2
 @patch
 def propose(self:Experiment) -> dict: # counts
     "Candidate actions for all recorded states."
@@ -286,7 +311,8 @@ def propose(self:Experiment) -> dict: # counts
     found = Proposals(self.path/"proposals").table()
     self.note()
     distinct = found["index"].map(max) + 1
-    return dict(states=len(found), candidates=len(found["actions"][0]), distinct=float(distinct.mean()), agree=float((distinct == 1).mean()))
+    return dict(states=len(found), candidates=len(found["actions"][0]), distinct=float(distinct.mean()),
+        agree=float((distinct == 1).mean()))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-045
 @patch
@@ -296,6 +322,7 @@ def training_state(self:Experiment,
     "Where a long training notes how far it is."
     return self.path/"training_states"/f"{name}.safetensors"
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-045-2
 @patch
 def checkpoint(self:Experiment,
     name:str, # of the stage and the directory
@@ -322,6 +349,7 @@ def checkpoint(self:Experiment,
     accelerator.wait_for_everyone()
     return report
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-045-3
 @patch
 def log(self:Experiment,
     name:str, # of a stage that trains
@@ -329,14 +357,17 @@ def log(self:Experiment,
     "A learning curve that can be read while it grows."
     return [] if training.Accelerator(self.preset.device).process_index else Log(self.path/"logs"/f"{name}.jsonl") # the first process writes
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-045-4
 @contextmanager
 def readable(
     path:Path, # of a file or directory that a stage wrote
 ): # the path
     "Read something. Raises `DataError` naming it where it is damaged."
     try: yield path
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e: raise DataError(f"{path} is damaged ({str(e).splitlines()[0]}): delete it and run its stage again") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise DataError(f"{path} is damaged ({str(e).splitlines()[0]}): delete it and run its stage again") from None
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-045-5
 @patch
 def result(self:Experiment,
     name:str, # of the stage and the file
@@ -359,13 +390,17 @@ def finetune(self:Experiment) -> dict: # auc_before, auc_after, changed, losses
     cfg = self.preset.representation
     def make(path):
         vlm = finetuning.load_for_finetuning(cfg)
-        report = finetuning.finetune(vlm, finetuning.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed, self.log("representation"), self.preset.device)
+        report = finetuning.finetune(vlm,
+            finetuning.effect_examples(EpisodeStore(self.path/"episodes"), cfg, self.seed), cfg, self.seed,
+            self.log("representation"), self.preset.device)
         if vlm.model: vlm.save(path)
         return report
     report = self.checkpoint("representation", make)
-    self.update_metrics(representation={k: report[k] for k in ("auc_before", "auc_after", "changed") if report[k] == report[k]}) # no AUC where the held-out steps are all alike
+    self.update_metrics(representation={k: report[k]
+        for k in ("auc_before", "auc_after", "changed") if report[k] == report[k]}) # no AUC where the held-out steps are all alike
     return report
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-048-2
 @patch
 def embedder(self:Experiment) -> Embedder:
     "The fine-tuned VLM, run by the preset's engine. What vLLM loads is checkpoints/representation.vllm."
@@ -375,7 +410,8 @@ def embedder(self:Experiment) -> Embedder:
         if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device)
         renamed = path.with_name("representation.vllm")
         if not renamed.exists(): export(path, renamed)
-        return HTTPEmbedder(list(how.servers), renamed, cfg, token=os.environ.get("DIGIQ_EMBED_TOKEN", "")) if how.engine == "http" else VLLMEmbedder(renamed, cfg)
+        return HTTPEmbedder(list(how.servers), renamed, cfg,
+            token=os.environ.get("DIGIQ_EMBED_TOKEN", "")) if how.engine == "http" else VLLMEmbedder(renamed, cfg)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-050
 @patch
@@ -384,11 +420,15 @@ def same_vlm(self:Experiment,
 ) -> bool: # its f(s, a) are ours
     "Whether another run has the same fine-tuned VLM and reads the same out of it."
     record, weights = path/"stages"/"embeddings.json", [run/"checkpoints"/"representation" for run in (self.path, path)]
-    if not record.exists() or not read_json(record)["done"]: raise ConfigError(f"{path} has no finished stage embeddings to take vectors from")
+    if not record.exists() or not read_json(record)["done"]:
+        raise ConfigError(f"{path} has no finished stage embeddings to take vectors from")
     theirs, ours = read_json(record)["config"]["preset"]["representation"], json.loads(json.dumps(to_dict(self.preset.representation)))
-    files = [sorted(f.name for f in folder.glob("*") if f.suffix == ".safetensors" or f.name == "config.json") for folder in weights]
-    return all(theirs.get(k) == ours[k] for k in ("side", "embed_dtype", "layers", "questions")) and files[0] == files[1] and not any(filecmp.cmpfiles(*weights, files[0], shallow=False)[1:])
+    files = [sorted(f.name for f in folder.glob("*") if f.suffix == ".safetensors" or f.name == "config.json")
+        for folder in weights]
+    return all(theirs.get(k) == ours[k] for k in ("side", "embed_dtype", "layers",
+        "questions")) and files[0] == files[1] and not any(filecmp.cmpfiles(*weights, files[0], shallow=False)[1:])
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-050-2
 @patch
 def embed(self:Experiment,
     known:list[str|Path]=(), # other runs with the same VLM, whose vectors are taken where screen and action are the same
@@ -400,10 +440,13 @@ def embed(self:Experiment,
         if not self.same_vlm(path): raise ConfigError(f"{path} was embedded by another VLM: leave it out")
     with self.stage("embeddings", {}) as stage:
         if not stage.done:
-            embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(), self.path/"embeddings", self.preset.embedding.states, self.workers if self.preset.embedding.engine == "transformers" else 1,
+            embed_run(EpisodeStore(self.path/"episodes"), Proposals(self.path/"proposals"), self.embedder(),
+                self.path/"embeddings", self.preset.embedding.states,
+                self.workers if self.preset.embedding.engine == "transformers" else 1,
                 stage.save, [Known(EpisodeStore(path/"episodes"), Embeddings(path/"embeddings")) for path in known])
         found = Embeddings(self.path/"embeddings")
-        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(), pairs=len(found), different=found.different, width=found.width)
+        stage.counts |= dict(candidates=Proposals(self.path/"proposals").table().actions.map(len).sum().item(),
+            pairs=len(found), different=found.different, width=found.width)
     self.note()
     return stage.counts
 
@@ -412,13 +455,15 @@ def embed(self:Experiment,
 def tokenizer(self:Experiment):
     "Of the critic's texts: the policy's own for averaged embeddings, else that of the critic's text encoder."
     name = self.preset.critic.text_encoder
-    return self.behaviour.tokenizer if name == "bag" else _load("the critic's text encoder", name, AutoTokenizer.from_pretrained)
+    return self.behaviour.tokenizer if name == "bag" else _load("the critic's text encoder", name,
+        AutoTokenizer.from_pretrained)
 
 @patch(as_prop=True)
 def transitions(self:Experiment) -> training.Transitions:
     "The data of the critic, read once."
     self.require("screens", "proposals", "embeddings")
-    if "_transitions" not in self.__dict__: self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
+    if "_transitions" not in self.__dict__:
+        self._transitions = training.load_transitions(self, self.preset.critic.screen_cells, self.width)
     return self._transitions
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-053
@@ -428,9 +473,11 @@ def train_critic(self:Experiment,
 ) -> dict: # last losses, and their history
     "Train a critic by temporal differences."
     name = "critic" if representation else "critic_without_representation"
-    cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation, reference=self.preset.reference)
+    cfg = replace(self.preset.critic, representation=self.preset.critic.representation and representation,
+        reference=self.preset.reference)
     def make(path):
-        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed, device=self.preset.device, history=self.log(name), training_state=self.training_state(name))
+        critic, history = training.fit_critic(self.transitions, cfg, self.tokenizer, self.seed,
+            device=self.preset.device, history=self.log(name), training_state=self.training_state(name))
         critic.save(path)
         return history[-1] | {"history": history}
     self.require("embeddings")
@@ -446,17 +493,20 @@ def load_critic(self:Experiment,
     self.require(name)
     with readable(self.path/"checkpoints"/name) as path: return Critic.load(path, texts).to(self.preset.device)
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-054-2
 class NullEmbedder:
     "Stands in for f(s, a) where a critic does not look at it"
     def embed(self, pairs): return np.zeros((len(pairs), 1), np.float16)
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-054-3
 @patch
 def scorer(self:Experiment,
     name:str="critic", # or "critic_without_representation"
 ) -> Scorer:
     "A critic with everything it needs to look at a phone."
     critic = self.load_critic(name)
-    return Scorer(critic, self.tokenizer, self.image_encoder, self.embedder() if critic.cfg.representation else NullEmbedder(), self.preset.device)
+    return Scorer(critic, self.tokenizer, self.image_encoder,
+        self.embedder() if critic.cfg.representation else NullEmbedder(), self.preset.device)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-056
 def read_scores(
@@ -466,6 +516,7 @@ def read_scores(
     with readable(path): columns = pd.read_parquet(path)
     return Scores(**{f: columns[f].to_numpy() for f in Scores.__dataclass_fields__})
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-056-2
 @patch
 def score(self:Experiment) -> Scores:
     "Q and V of every candidate of every state."
@@ -477,11 +528,13 @@ def score(self:Experiment) -> Scores:
     with self.stage("scores", {}) as stage:
         if not path.exists():
             data = self.transitions
-            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer, self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
+            scores = training.score(self.load_critic(texts=data.texts.tokens(self.tokenizer,
+                self.preset.critic.pretrained_text).to(self.preset.device)), data, device=self.preset.device)
             where = dict(episode=data.episode[scores.state], step=data.step[scores.state])
             with atomic(path) as p: pd.DataFrame(where | vars(scores)).to_parquet(p, index=False)
         scores = read_scores(path)
-        stage.counts |= dict(candidates=len(scores), learned_from=len(extraction.weights(scores, self.preset.extraction)[0]))
+        stage.counts |= dict(candidates=len(scores),
+            learned_from=len(extraction.weights(scores, self.preset.extraction)[0]))
     self.note()
     accelerator.wait_for_everyone()
     return scores
@@ -500,7 +553,9 @@ def train_policy(self:Experiment,
         table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
         prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen, replace(self.preset.actor, reference=self.preset.reference), self.seed, name, history=self.log(name), training_state=self.training_state(name))
+        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen,
+            replace(self.preset.actor, reference=self.preset.reference), self.seed, name, history=self.log(name),
+            training_state=self.training_state(name))
         policy.save(path)
         return dict(learned_from=len(chosen[0]), **history[-1], history=[h["loss"] for h in history])
     return self.checkpoint(name, make)
@@ -533,8 +588,10 @@ def curves(self:Experiment) -> dict[str, list]: # name of what was trained: loss
         if rows: out[name] = [r["loss"] if isinstance(r, dict) and "loss" in r else r for r in rows]
     return out
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-080x-2
 @patch
 def draw_curves(self:Experiment) -> Image.Image:
     "Losses of all trainings of the experiment so far."
-    if not (found := self.curves()): raise DigiqError(f"nothing has been trained yet in {self.path}: the curves begin with the first training")
+    if not (found := self.curves()):
+        raise DigiqError(f"nothing has been trained yet in {self.path}: the curves begin with the first training")
     return plots.draw_curves(found)

@@ -25,8 +25,10 @@ DIVERGING = LinearSegmentedColormap.from_list("orange-blue", ["#a63c00", "#f08a2
 GREY = "#9e9e9e" # where nothing is known
 MARK = "#e0218a" # what was done; on no screen and in no scale
 
+# %% ../../nbs/runs/64_plots.ipynb #70b-006-2
 def new_figure(width, height, layout="constrained"): return Figure(figsize=(width, height), layout=layout, dpi=90)
 
+# %% ../../nbs/runs/64_plots.ipynb #70b-006-3
 def show_screen(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -35,6 +37,7 @@ def show_screen(
     ax.imshow(screen); ax.set_xlim(0, screen.width); ax.set_ylim(screen.height, 0)
     ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_color("#888888")
 
+# %% ../../nbs/runs/64_plots.ipynb #70b-006-4
 def draw_action(
     ax, # axes of `show_screen`
     action:str, # as the policy wrote it
@@ -47,7 +50,10 @@ def draw_action(
     if not is_valid(action): return
     a, (w, h) = parse(action), size
     (y, x), (y1, x1) = a.touch, a.lift
-    if a.is_swipe: ax.annotate("", (x1*w, y1*h), (x*w, y*h), zorder=zorder, arrowprops=dict(arrowstyle="simple,tail_width=.35,head_width=1", fc=colour, ec="black" if ring else "white", lw=2 if ring else .8, mutation_scale=14, shrinkA=0, shrinkB=0))
+    if a.is_swipe:
+        ax.annotate("", (x1*w, y1*h), (x*w, y*h), zorder=zorder,
+            arrowprops=dict(arrowstyle="simple,tail_width=.35,head_width=1", fc=colour,
+            ec="black" if ring else "white", lw=2 if ring else .8, mutation_scale=14, shrinkA=0, shrinkB=0))
     elif a.is_tap:
         if ring: ax.scatter(x*w, y*h, s=190, color="white", edgecolors="black", linewidths=2, zorder=zorder)
         ax.scatter(x*w, y*h, s=110, facecolors="none", edgecolors="white", linewidths=4, zorder=zorder)
@@ -70,6 +76,7 @@ def percent(
     "Advantages in per cent of the state's value."
     return 100*(q - v)/max(abs(v), 1e-4)
 
+# %% ../../nbs/runs/64_plots.ipynb #65-070-2
 def free_spot(
     x:float, y:float, # of a mark, pixels
     size:tuple[float, float], # width and height of its label
@@ -81,7 +88,9 @@ def free_spot(
     for dx, dy in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)):
         cx, cy = np.clip(x + dx*(w/2 + 12), w/2, area[0] - w/2), y + dy*(h/2 + 6 if dx else 3*h/2 + 10)
         box = cx - w/2, cy - h/2, cx + w/2, cy + h/2
-        if box[1] < 0 or box[3] > area[1] or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken): continue
+        if box[1] < 0 or box[3] > area[1] or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3]
+            for b in taken):
+            continue
         taken.append(box)
         return cx, cy
 
@@ -94,6 +103,7 @@ def colours(
     norm = Normalize(*np.array([-1, 1])*scale(advantages, v))
     return [GREY if np.isnan(a) else DIVERGING(norm(a)) for a in advantages]
 
+# %% ../../nbs/runs/64_plots.ipynb #65-072-2
 def draw_candidates(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
@@ -125,7 +135,8 @@ def small_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     FigureCanvasAgg(figure) # one that was made without pyplot has none
     figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(255,
+        Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     plt.close(figure)
     return picture
 
@@ -138,7 +149,8 @@ def draw_states(
     "States side by side, each in its own scale of colours."
     figure = new_figure(1.75*len(found) + .8, 5)
     axes = figure.subplots(1, len(found), squeeze=False)
-    for ax, p, some, value in zip(axes[0], found, q, v): draw_candidates(ax, p.screen, p.goal, p.candidates, some, value)
+    for ax, p, some, value in zip(axes[0], found, q, v):
+        draw_candidates(ax, p.screen, p.goal, p.candidates, some, value)
     bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), DIVERGING), ax=axes, shrink=.7, aspect=30, ticks=[-1, 0, 1])
     bar.set_ticklabels(["worse", "V(s)", "better"], fontsize=8)
     return small_picture(figure)
@@ -151,7 +163,8 @@ def vary(
     "One state a goal, and the levels in turn."
     turn = {}
     for p in {p.goal: p for p in found}.values(): turn.setdefault(p.level, []).append(p)
-    return [p for _, _, p in sorted(((i, level, p) for level, same in turn.items() for i, p in enumerate(same)), key=lambda x: x[:2])][:n]
+    return [p for _, _, p in sorted(((i, level, p) for level, same in turn.items() for i, p in enumerate(same)),
+        key=lambda x: x[:2])][:n]
 
 # %% ../../nbs/runs/64_plots.ipynb #70-021b
 def fixed(
@@ -182,7 +195,8 @@ def draw_judged(
     right.barh(few.index, few.advantage.fillna(0), color=hues[:24], edgecolor="#555555", lw=.5)
     right.set_yticks(few.index, [f"{'★ ' if r.chosen else ''}{textwrap.shorten(r.words, 34, placeholder='…')} ×{r.count}" for r in few.itertuples()], fontsize=7, parse_math=False)
     right.invert_yaxis(); right.axvline(0, color="#555555", lw=.8); right.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8); right.tick_params(axis="x", labelsize=7)
+    right.set_xlabel("advantage Q(s, a) − V(s)" if not np.isnan(v) else "no critic, so no advantage", fontsize=8)
+    right.tick_params(axis="x", labelsize=7)
     title = [*textwrap.wrap(goal, 80)[:2], *[f"V {fixed(v)}"]*(not np.isnan(v)), *[unknown]*bool(unknown)]
     figure.suptitle("\n".join(title), fontsize=9, parse_math=False)
     return small_picture(figure)
@@ -195,6 +209,7 @@ def smooth(
     "Losses of minibatches jump; their running mean does not."
     return pd.Series(values, dtype=float).rolling(window, min_periods=1).mean().to_numpy()
 
+# %% ../../nbs/runs/64_plots.ipynb #65-080-2
 def draw_curves(
     curves:dict[str, list], # name of what was trained: losses by minibatch; of critics, rows with `step`, `q`, `v`
 ) -> Image.Image:
@@ -206,13 +221,12 @@ def draw_curves(
         if name not in curves: continue
         h = pd.DataFrame(curves[name])
         label = "without f(s, a)" if "without" in name else "with f(s, a)"
-        middle.plot(h.step, h.q, style, color="#0072B2", label=f"Q {label}")
+        middle.plot(h.step, h.q, style, marker="o" if len(h) < 3 else None, color="#0072B2", label=f"Q {label}")
         if "held_out_q" in h: middle.plot(h.step, h.held_out_q, style, color="#E69F00", label=f"held out, {label}")
     for name in RULES:
         if name in curves: right.plot(smooth(curves[name]), color=evaluation.COLOURS.get(name), label=name)
     for ax, title in zip((left, middle, right), ("yes/no fine-tuning", "critic", "policies, −log π(a|s)")):
-        ax.set_visible(bool(ax.lines)); ax.set_title(title, fontsize=10); ax.set_xlabel("minibatch"); ax.spines[["top", "right"]].set_visible(False)
+        ax.set_visible(bool(ax.lines))
+        ax.set_title(title, fontsize=10); ax.set_xlabel("minibatch"); ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     return small_picture(figure)
-
-

@@ -35,6 +35,7 @@ class CollectionConfig:
     shard:int=80 # episodes a file; what a killed run loses is at most this
     recorded:str="" # directory of episodes that `digiq.released.episodes.convert` took over, with what they have of candidates and embeddings; then nothing is played
 
+# %% ../../nbs/runs/62_presets.ipynb #65-005-2
 @dataclass(frozen=True)
 class EmbeddingConfig:
     "Storing f(s, a)"
@@ -43,9 +44,12 @@ class EmbeddingConfig:
     servers:tuple[str, ...]=() # of the engine "http", e.g. http://127.0.0.1:8000; their token is in the environment, DIGIQ_EMBED_TOKEN
 
     def __post_init__(self):
-        if self.engine not in ("transformers", "vllm", "http"): raise ConfigError(f"embedding.engine is {self.engine!r}: choose transformers, vllm or http")
-        if (self.engine == "http") != bool(self.servers): raise ConfigError("embedding.engine http and embedding.servers go together: give both or neither")
+        if self.engine not in ("transformers", "vllm", "http"):
+            raise ConfigError(f"embedding.engine is {self.engine!r}: choose transformers, vllm or http")
+        if (self.engine == "http") != bool(self.servers):
+            raise ConfigError("embedding.engine http and embedding.servers go together: give both or neither")
 
+# %% ../../nbs/runs/62_presets.ipynb #65-005-3
 @dataclass(frozen=True)
 class EvaluationConfig:
     "Comparing agents, and checking the critic, on held-out tasks"
@@ -63,8 +67,10 @@ class EvaluationConfig:
     returns:int=600 # recorded steps, for the reliability of the critic
 
     def __post_init__(self):
-        if not self.supports or min(self.supports) < 0: raise ConfigError(f"evaluation.supports is {list(self.supports)}: give one or more, 0 and above")
-        if not self.temperatures or min(self.temperatures) < 0: raise ConfigError(f"evaluation.temperatures is {list(self.temperatures)}: give one or more, 0 and above")
+        if not self.supports or min(self.supports) < 0:
+            raise ConfigError(f"evaluation.supports is {list(self.supports)}: give one or more, 0 and above")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ConfigError(f"evaluation.temperatures is {list(self.temperatures)}: give one or more, 0 and above")
 
 # %% ../../nbs/runs/62_presets.ipynb #65-007
 @dataclass(frozen=True)
@@ -91,13 +97,15 @@ class Preset:
     evaluation:EvaluationConfig=EvaluationConfig() # stages `evaluate` and `check_critic`
 
     def __post_init__(self):
-        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.tuning": 1, "evaluation.rerank": 1, "horizon": 1, "workers": 1}
+        least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.tuning": 1,
+            "evaluation.rerank": 1, "horizon": 1, "workers": 1}
         for name, n in least.items():
             value = self
             for part in name.split("."): value = getattr(value, part)
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
         for name in ("critic", "actor"):
-            if getattr(self, name).reference: raise ConfigError(f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
+            if getattr(self, name).reference:
+                raise ConfigError(f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
 
 # %% ../../nbs/runs/62_presets.ipynb #65-007b
 def parameter(
@@ -110,13 +118,15 @@ def parameter(
     if isinstance(value, str) and (kind is str or re.fullmatch(r"\s*-?\d+\s*", value)): return kind(value)
     raise ConfigError(f"{name} came as {value!r}: give {'a whole number' if kind is int else f'text, with papermill by `-r {name} ...`'}")
 
+# %% ../../nbs/runs/62_presets.ipynb #65-007b-2
 def words(
     value, # names with blanks between; one that has blanks itself in quotes, or as mDNS numbers it: `NAME (2).SERVICE`; or a list
     name:str, # for errors
 ) -> list[str]:
     "Names in a parameter."
     if isinstance(value, (list, tuple)): return [parameter(v, str, name) for v in value]
-    found = re.findall(r"""'([^']+)'|"([^"]+)"|(\S+(?:\s+\(\d+\)\S*)*)""", parameter("" if value is None else value, str, name))
+    found = re.findall(r"""'([^']+)'|"([^"]+)"|(\S+(?:\s+\(\d+\)\S*)*)""",
+        parameter("" if value is None else value, str, name))
     return ["".join(parts) for parts in found]
 
 # %% ../../nbs/runs/62_presets.ipynb #65-009
@@ -127,13 +137,15 @@ def from_nbs(
     path, here = Path(parameter(path, str, "a path")).expanduser(), Path.cwd()
     return here.parent/path if here.name == "nbs" and (here.parent/"settings.ini").exists() and not path.is_absolute() else path
 
+# %% ../../nbs/runs/62_presets.ipynb #65-009-2
 def preset_path(
     name:str|Path, # of a preset of the package, or a YAML file
 ) -> Path: # the file
     "Find a preset. Raises `ConfigError` where there is none."
     known = {p.stem: p for p in sorted((Path(package).parent/"presets").glob("*.yaml"))}
     path = known.get(str(name), from_nbs(name))
-    if not path.is_file(): raise ConfigError(f"there is no preset {str(name)!r}: choose {', '.join(known)} or the path of a YAML file")
+    if not path.is_file():
+        raise ConfigError(f"there is no preset {str(name)!r}: choose {', '.join(known)} or the path of a YAML file")
     return path
 
 # %% ../../nbs/runs/62_presets.ipynb #65-010
@@ -142,12 +154,15 @@ def overlay(
     new:dict, # some of them again; None leaves the old value
 ) -> dict: # both
     "Replace settings, level by level."
-    return old | {k: overlay(old.get(k) or {}, v) if isinstance(v, dict) else v for k, v in new.items() if v is not None}
+    return old | {k: overlay(old.get(k) or {}, v) if isinstance(v, dict) else v
+        for k, v in new.items() if v is not None}
 
 def _typed(old, new, name=""): # what replaces settings, as text or a number where these are
-    if isinstance(new, dict): return {k: _typed(old.get(k) if isinstance(old, dict) else None, v, k) for k, v in new.items()}
+    if isinstance(new, dict):
+        return {k: _typed(old.get(k) if isinstance(old, dict) else None, v, k) for k, v in new.items()}
     return parameter(new, type(old), name) if type(old) in (str, int) and new is not None else new
 
+# %% ../../nbs/runs/62_presets.ipynb #65-010-2
 def override(
     preset:Preset, # some settings
     **changes, # fields of `Preset`; those of a component as a dictionary; None leaves the preset's value
@@ -165,10 +180,12 @@ def read_preset(
     if not isinstance(found, dict):
         why = disguise(path)
         foreign = "pointer" in why or "page" in why
-        raise ConfigError(f"{path} is {why}" if foreign else f"{path} holds no settings by name: write them like `horizon: 20`")
+        raise ConfigError(f"{path} is {why}" if foreign
+            else f"{path} holds no settings by name: write them like `horizon: 20`")
     like = found.pop("like", None)
     return overlay(read_preset(preset_path(like)), found) if like else found
 
+# %% ../../nbs/runs/62_presets.ipynb #65-010b-2
 def load_preset(
     name:str|Path="tiny", # of a preset of the package, or a YAML file
     /,
@@ -186,7 +203,8 @@ def given(
 ) -> dict: # for `load_preset`
     "Settings that a run notebook was given."
     fields = Preset.__dataclass_fields__
-    long = {k: v for k, v in variables.items() if (k in fields or k == "like") and (isinstance(v, dict) or k not in short)}
+    long = {k: v for k, v in variables.items() if (k in fields or k == "like")
+        and (isinstance(v, dict) or k not in short)}
     return overlay(long, {k: {n: x for n, x in v.items() if not isinstance(x, dict)} for k, v in short.items()})
 
 # %% ../../nbs/runs/62_presets.ipynb #65-017
@@ -197,9 +215,11 @@ def judge_settings(
     examples:str="", # folder of pictures and verdicts
 ) -> JudgeSettings|None:
     "A judge from plain values."
-    model, url, key = (parameter("" if v is None else v, str, name) for v, name in ((model, "judge"), (url, "judge_url"), (key, "judge_key")))
+    model, url, key = (parameter("" if v is None else v, str, name)
+        for v, name in ((model, "judge"), (url, "judge_url"), (key, "judge_key")))
     return JudgeSettings(model, url, key, str(from_nbs(examples)) if examples else "") if model else None
 
+# %% ../../nbs/runs/62_presets.ipynb #65-017-2
 def device_settings(
     kind:str, # simphone, adb or emulator
     serials:str="", # of phones, as `words` takes them
@@ -210,8 +230,11 @@ def device_settings(
     "Devices from plain values. Built-in phones judge themselves, so a judge is left out there."
     asked = judge_settings(*judge) if judge and kind != "simphone" else None
     avd = parameter("" if avd is None else avd, str, "avd")
-    return dict(kind=kind, serials=words(serials, "serials") or None, emulator=dict(avd=avd, count=parameter(emulators, int, "emulators")) if avd else None, judge=asked and to_dict(asked))
+    return dict(kind=kind, serials=words(serials, "serials") or None,
+        emulator=dict(avd=avd, count=parameter(emulators, int, "emulators")) if avd else None,
+        judge=asked and to_dict(asked))
 
+# %% ../../nbs/runs/62_presets.ipynb #65-017-3
 def is_sequential(
     order:str, # "random" or "sequential"
 ) -> bool:
@@ -219,6 +242,7 @@ def is_sequential(
     if order not in ("random", "sequential"): raise ConfigError(f"order is {order!r}: choose random or sequential")
     return order == "sequential"
 
+# %% ../../nbs/runs/62_presets.ipynb #65-017-4
 def one_temperature(
     temperature:float|None, # at which all agents shall act
 ) -> list[float]|None: # for `evaluation.temperatures`

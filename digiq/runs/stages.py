@@ -31,11 +31,13 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "check": (("evaluations/behaviour", "critic"), ("evaluation",)),
     "reliability": (("evaluations/behaviour", "critic"), ("evaluation",))}
 
-CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune", "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
+CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune",
+    "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
 # %% ../../nbs/runs/63_stages.ipynb #65-022
 RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
 
+# %% ../../nbs/runs/63_stages.ipynb #65-022-2
 def made_from(
     stage:str, # name of a stage
 ) -> tuple[tuple, tuple]: # the stages it is made from, and the settings of its own
@@ -44,7 +46,8 @@ def made_from(
     if stage in RULES: return STAGES["policy"]
     if stage in ceilings.LABELS: return ("truths",), ("actor",)
     family, _, agent = stage.partition("/")
-    if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"): raise DigiqError(f"there is no stage {stage!r}: choose one of {', '.join((*STAGES, *RULES, *ceilings.LABELS))}")
+    if family not in ("tuning", "evaluations", "ceilings", "samples", "interpolations"):
+        raise DigiqError(f"there is no stage {stage!r}: choose one of {', '.join((*STAGES, *RULES, *ceilings.LABELS))}")
     agent = agent.partition("/")[0].removesuffix("_at_collection")
     plain = agent.removesuffix("_rerank").removesuffix("_vote")
     needs, own = ((plain,), ()) if plain in RULES or plain in ceilings.LABELS else ((), PHONE)
@@ -52,6 +55,7 @@ def made_from(
     if several and not agent.endswith("_vote"): needs = *needs, "critic" # chooses
     return needs, (*own, "evaluation") if several else own
 
+# %% ../../nbs/runs/63_stages.ipynb #65-022-3
 def lineage(
     stage:str, # name of a stage
 ) -> list[str]: # fields of `Preset`
@@ -70,8 +74,11 @@ def fingerprint(
         with open(f, "rb") as file: digest.update(f"{f.name} {f.stat().st_size}".encode() + file.read(1 << 20))
     return f"{name} ({digest.hexdigest()})"
 
+# %% ../../nbs/runs/63_stages.ipynb #65-027-2
 def played_on(devices): # what rewards and screens depend on: not the cable, nor a limit or budget
     if devices["kind"] == "simphone": return {}
     some = lambda d, without: d and {k: v for k, v in d.items() if k not in without}
-    return {"devices": {"kind": devices["kind"], "judge": some(devices["judge"], ("key", "limit", "patience", "tries", "budget")),
-                        "emulator": some(devices["emulator"], ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
+    return {"devices": {"kind": devices["kind"],
+        "judge": some(devices["judge"], ("key", "limit", "patience", "tries", "budget")),
+                        "emulator": some(devices["emulator"],
+                        ("count", "port", "stagger", "boot", "restarts", "memory", "cores", "gpu"))}}
