@@ -160,5 +160,4 @@ def command():
     main()
 
 # %% ../nbs/91_command_line.ipynb #91-016b
-#| eval: false
-if __name__ == "__main__": command()
+if __name__ == "__main__" and "__file__" in globals(): command() # not in a notebook
