@@ -142,7 +142,9 @@ def serve_phone(
 
 # %% ../nbs/91_command_line.ipynb #91-015
 def terminate(number, frame): # handles a signal
-    "End as an interrupt would: what is open is closed, emulators are ended, temporary folders go. Once, so that nothing disturbs that."
+    """End as an interrupt would: what is open is closed, emulators are ended, temporary folders go.
+
+    Once, so that nothing disturbs that."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 

@@ -32,7 +32,9 @@ from .stages import RULES
 def take_agent(self:Experiment,
     path:str|Path, # directory of a published agent, see `digiq.released.agents`
 ) -> dict: # sizes of its critic
-    "Make a published agent this run's critic and its policy `digiq`. Raises `ConfigError` where it does not fit, or the run has trained its own."
+    """Make a published agent this run's critic and its policy `digiq`.
+
+    Raises `ConfigError` where it does not fit, or the run has trained its own."""
     self.require("screens", "embeddings")
     taken = dict(taken_from=Path(path).name)
     for name in "critic", "digiq":
@@ -43,7 +45,9 @@ def take_agent(self:Experiment,
     sizes, found = dict(screen=critic.screen_dim, representation=critic.rep_dim), dict(screen=self.width,
         representation=Embeddings(self.path/"embeddings").width)
     if sizes != found:
-        raise ConfigError(f"the agent {path} wants widths {sizes}, this run has {found}: take over the episodes that were published with it")
+        raise ConfigError(
+            f"the agent {path} wants widths {sizes}, this run has {found}: take over the episodes that were "
+            f"published with it")
     def make(save):
         def write(p):
             save(p)
@@ -71,7 +75,8 @@ def agent(self:Experiment,
     "An agent of the experiment."
     plain, n = name.removesuffix("_rerank").removesuffix("_vote"), self.preset.evaluation.rerank
     if plain not in ("behaviour", *RULES, *ceilings.LABELS):
-        raise DigiqError(f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank or _vote")
+        raise DigiqError(
+            f"there is no agent {name!r}: choose behaviour, {', '.join(RULES)}, or one of them with _rerank or _vote")
     policy = self.behaviour if plain == "behaviour" else self.load_trained(plain)
     if plain == name: return policy
     if name.endswith("_vote"): return Voter(policy, n)
@@ -111,11 +116,14 @@ def held_out(self:Experiment,
 def tune(self:Experiment,
     name:str, # of an agent
 ) -> float: # of `evaluation.temperatures`
-    "The temperature at which an agent succeeds most often on validation tasks, of re-ranked agents together with the support; the coolest of equals."
+    """The temperature at which an agent succeeds most often on validation tasks, of re-ranked agents together
+    with the support; the coolest of equals."""
     cfg, again = self.preset.evaluation, name.endswith("_rerank")
-    warm = [t for t in sorted(set(cfg.temperatures)) if t or not (again or name.endswith("_vote"))] # samples at 0 are all alike
+    # samples at 0 are all alike
+    warm = [t for t in sorted(set(cfg.temperatures)) if t or not (again or name.endswith("_vote"))]
     if not warm:
-        raise ConfigError(f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
+        raise ConfigError(
+            f"evaluation.temperatures holds only 0, where all samples are alike: add one above 0 for {name}")
     choice = {f"{t:g} support {k:g}" if again else f"{t:g}": (t, k) for t in warm
         for k in (sorted(set(cfg.supports)) if again else [None])}
     def make():
@@ -136,7 +144,9 @@ def evaluate(self:Experiment,
     sequential:bool=False, # tasks as they stand, instead of in a random order
     repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
 ) -> pd.DataFrame: # how each episode ended
-    "Play held-out tasks at the agent's own temperature. The screens of the behaviour policy are kept: the critic is checked on them."
+    """Play held-out tasks at the agent's own temperature.
+
+    The screens of the behaviour policy are kept: the critic is checked on them."""
     cfg, temperature = self.preset.evaluation, self.tune(name)
     store = self.play(f"evaluations/{name}", self.agent(name), cfg.split,
         self.held_out(cfg.episodes, temperature, name == "behaviour"), sequential, repeats)
@@ -150,7 +160,9 @@ def evaluate(self:Experiment,
 def evaluate_at_collection(self:Experiment,
     name:str, # see `agent`
 ) -> pd.DataFrame: # how each episode ended
-    "Play the same tasks at the temperature at which episodes were collected. Where that is the agent's own, nothing is played again."
+    """Play the same tasks at the temperature at which episodes were collected.
+
+    Where that is the agent's own, nothing is played again."""
     cfg, temperature = self.preset.evaluation, self.preset.collection.temperature
     own = self.tune(name) == temperature and self.finished(f"evaluations/{name}")
     store = EpisodeStore(self.path/"evaluations"/name) if own else self.play(f"evaluations/{name}_at_collection",
@@ -184,7 +196,9 @@ def judge_agreement(self:Experiment,
     "Compare a judge with the truth; agreement and Cohen's kappa go to metrics.json."
     self.require(f"evaluations/{agent}")
     if self.preset.devices.kind != "simphone":
-        raise DigiqError("the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another run_dir")
+        raise DigiqError(
+            "the truth is known on built-in phones only: evaluate with devices.kind 'simphone' first, in another "
+            "run_dir")
     store, judge, rng = EpisodeStore(self.path/"evaluations"/agent), Judge(cfg,
         self.path/"judge"), np.random.default_rng(derive_seed(self.seed, "judge"))
     steps = store.episodes()
@@ -213,7 +227,8 @@ def probes(self:Experiment,
     found = evaluation.probes(store, held_out, self.behaviour, self.make_env(held_out, p.horizon).device, states,
         n or p.proposals.n, p.proposals.temperature, self.seed, mixed)
     if not found:
-        raise DigiqError("in no held-out state do the candidates differ in what they lead to: evaluate behaviour on more episodes")
+        raise DigiqError(
+            "in no held-out state do the candidates differ in what they lead to: evaluate behaviour on more episodes")
     return found
 
 # %% ../../nbs/runs/66_agents.ipynb #65-065-2

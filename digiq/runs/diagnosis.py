@@ -24,11 +24,13 @@ from .experiment import Experiment
 def needs_truth(self:Experiment):
     "Raise `DigiqError` where the phones do not know the truth."
     if self.preset.devices.kind != "simphone":
-        raise DigiqError("the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
+        raise DigiqError(
+            "the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
 
 @patch
 def habits(self:Experiment) -> pd.DataFrame: # a row a level, and all
-    "How often the behaviour policy's favourite of 16 candidates is wrong while a right one is among them, on held-out states."
+    """How often the behaviour policy's favourite of 16 candidates is wrong while a right one is among them, on
+    held-out states."""
     self.needs_truth()
     found = self.result("habits", lambda: ceilings.habits(self.probes(self.preset.evaluation.states, 16, mixed=False)))
     self.update_metrics(habits=found)
@@ -55,7 +57,8 @@ def teach(self:Experiment,
 # %% ../../nbs/runs/67_diagnosis.ipynb #65-068c-2
 @patch
 def ceiling(self:Experiment) -> pd.DataFrame: # a row a ceiling
-    "Success on validation tasks of a policy taught by the oracle, of perfect extraction at its best temperature, and of perfect re-ranking of 16 samples at temperature 1."
+    """Success on validation tasks of a policy taught by the oracle, of perfect extraction at its best
+    temperature, and of perfect re-ranking of 16 samples at temperature 1."""
     self.needs_truth()
     cfg, found, warm = self.preset.evaluation, {}, {}
     for name in (*ceilings.LABELS, "perfect_rerank"):
@@ -75,7 +78,8 @@ def samples(self:Experiment,
     name:str="behaviour", # who proposes: "behaviour", or a trained policy
     most:int=16, # samples; and half as many, and so on down to 1
 ) -> pd.DataFrame: # rows with critic, samples, mean, low, high, episodes, seconds (a step of one phone, wall clock, as played here)
-    "Success on validation tasks against the number of samples that re-ranking chooses from, by the learnt critic and by the truth, at the temperature of the re-ranked agent."
+    """Success on validation tasks against the number of samples that re-ranking chooses from, by the learnt
+    critic and by the truth, at the temperature of the re-ranked agent."""
     self.needs_truth()
     cfg, temperature, policy, rows = self.preset.evaluation, self.tune(f"{name}_rerank"), self.agent(name), []
     numbers = [2**i for i in range(most.bit_length())]
@@ -109,7 +113,8 @@ def interpolations(self:Experiment,
     name:str="digiq", # a trained policy
     alphas:tuple[float, ...]=(0., .25, .5, .75, 1.), # values of `actor.interpolation`
 ) -> pd.DataFrame: # rows with alpha, mean, low, high, episodes
-    "Success on validation tasks along the line from the behaviour policy's weights to trained ones, at the trained agent's temperature."
+    """Success on validation tasks along the line from the behaviour policy's weights to trained ones, at the
+    trained agent's temperature."""
     cfg, temperature, found = self.preset.evaluation, self.tune(name), {}
     for alpha in alphas:
         policy, start = self.load_trained(name), self.base_policy()

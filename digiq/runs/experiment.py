@@ -63,7 +63,8 @@ class Experiment(Run):
 
     @contextmanager
     def stage(self, name, config):
-        "As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number of threads."
+        """As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number
+        of threads."""
         with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads):
             yield stage
 
@@ -187,7 +188,8 @@ def take_over(self:Experiment,
     source = from_nbs(self.preset.collection.recorded)
     record = source/"stages"/"converted.json"
     if not record.exists() or not read_json(record)["done"]:
-        raise DigiqError(f"{source} holds no converted episodes: run digiq convert released FILE {source} first, to its end")
+        raise DigiqError(
+            f"{source} holds no converted episodes: run digiq convert released FILE {source} first, to its end")
     counts = read_json(record)["counts"]
     with self.stage(name, {"converted": counts}) as stage:
         if not stage.done:
@@ -283,7 +285,9 @@ def collect(self:Experiment,
     ended = evaluation.outcomes(self.play("episodes", self.behaviour, split, cfg, sequential, repeats))
     self.note()
     if not ended.success.any():
-        raise DigiqError(f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, or begin with a better policy")
+        raise DigiqError(
+            f"none of {len(ended)} episodes succeeded, so there is nothing to learn from: collect more episodes, "
+            f"or begin with a better policy")
     return _by_level(ended)
 
 def _by_level(ended): return ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"),
@@ -344,7 +348,8 @@ def checkpoint(self:Experiment,
                 write_json(p/"report.json", report)
         self.training_state(name).unlink(missing_ok=True)
         report = read_json(path/"report.json")
-        stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict)) and v == v} # JSON has no nan
+        # JSON has no nan
+        stage.counts |= {k: v for k, v in report.items() if not isinstance(v, (list, dict)) and v == v}
     self.note()
     accelerator.wait_for_everyone()
     return report
@@ -355,7 +360,8 @@ def log(self:Experiment,
     name:str, # of a stage that trains
 ) -> list: # logs/NAME.jsonl
     "A learning curve that can be read while it grows."
-    return [] if training.Accelerator(self.preset.device).process_index else Log(self.path/"logs"/f"{name}.jsonl") # the first process writes
+    # the first process writes
+    return [] if training.Accelerator(self.preset.device).process_index else Log(self.path/"logs"/f"{name}.jsonl")
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-045-4
 @contextmanager

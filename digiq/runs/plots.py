@@ -112,7 +112,8 @@ def draw_candidates(
     q:np.ndarray, # of each, float [candidates]
     v:float, # of the state
 ):
-    "A screen with its candidate actions and what the critic thinks of them: taps and swipes where they are, the rest in words."
+    """A screen with its candidate actions and what the critic thinks of them: taps and swipes where they are,
+    the rest in words."""
     show_screen(ax, screen)
     ax.set_title("\n".join(textwrap.wrap(title, 26)[:3]) + f"\nV = {v:.2g}", fontsize=8)
     (w, h), hues, said, boxes = screen.size, colours(q - v, v), [], []

@@ -105,7 +105,8 @@ class Preset:
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
         for name in ("critic", "actor"):
             if getattr(self, name).reference:
-                raise ConfigError(f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
+                raise ConfigError(
+                    f"{name}.reference follows the preset's own: set reference: true beside {name}, not in it")
 
 # %% ../../nbs/runs/62_presets.ipynb #65-007b
 def parameter(
@@ -116,7 +117,9 @@ def parameter(
     "A parameter of a run notebook as what it should be. Raises `ConfigError` where that cannot be told."
     if isinstance(value, Path) or type(value) is int: value = str(value)
     if isinstance(value, str) and (kind is str or re.fullmatch(r"\s*-?\d+\s*", value)): return kind(value)
-    raise ConfigError(f"{name} came as {value!r}: give {'a whole number' if kind is int else f'text, with papermill by `-r {name} ...`'}")
+    raise ConfigError(
+        f"{name} came as {value!r}: give "
+        f"{'a whole number' if kind is int else f'text, with papermill by `-r {name} ...`'}")
 
 # %% ../../nbs/runs/62_presets.ipynb #65-007b-2
 def words(

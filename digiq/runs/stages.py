@@ -14,7 +14,8 @@ from . import ceilings
 from ..vlm.representation import model_path
 
 # %% ../../nbs/runs/63_stages.ipynb #65-020
-PHONE = "task_set", "horizon", "disturbance", "policy", "image_encoder", "device", "threads", "reference" # settings that everything depends on
+# settings that everything depends on
+PHONE = "task_set", "horizon", "disturbance", "policy", "image_encoder", "device", "threads", "reference"
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),
@@ -35,7 +36,8 @@ CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", 
     "embeddings": "embed", "critic": "train_critic", "scores": "score", "policy": "train_policy"}
 
 # %% ../../nbs/runs/63_stages.ipynb #65-022
-RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}} # policies, and their rule where it is not the preset's
+# policies, and their rule where it is not the preset's
+RULES = {"digiq": None, **{m: m for m in ("filtered_bc", "most_proposed", "sft", "awr", "reinforce")}}
 
 # %% ../../nbs/runs/63_stages.ipynb #65-022-2
 def made_from(
