@@ -44,7 +44,7 @@ def image_width(
     folder:Path, # with a model's weights, in one file
     default:int, # where there is none
 ) -> int: # width of the image features
-    "How wide the image features are that saved weights expect. A pickle is read without running anything that is in it"
+    "The width of image features that saved weights expect. Raises `DataError` for a pickle that holds more than weights"
     name, tensors, pickled = "image_dense.weight", folder/"model.safetensors", folder/"pytorch_model.bin"
     if tensors.exists():
         with safe_open(tensors, "pt") as f: return f.get_slice(name).get_shape()[1] if name in f.keys() else default
