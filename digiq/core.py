@@ -47,10 +47,11 @@ def _wrong(value, tp, where):
 
 # %% ../nbs/00_core.ipynb #00-010a
 LIMITS = {name: (least, most) for least, most, names in (
-    (1, math.inf, """accumulate batch cores count demos episodes examples first heads horizon memory most n patch phones q_hidden
-        screen_cells screens shard side steps tau_every text_dim threads tokens tries v_hidden vocabulary width workers"""),
-    (0, math.inf, """boot budget disturbance limit longest lora patience pause relative rerank rest restarts returns save_every
-        settle stagger start state_dropout states still support swipe temperature weight_decay window"""),
+    (1, math.inf, """accumulate batch cores count demos episodes examples first heads horizon memory most n patch
+        phones q_hidden screen_cells screens shard side steps tau_every text_dim threads tokens tries v_hidden
+        vocabulary width workers"""),
+    (0, math.inf, """boot budget disturbance limit longest lora patience pause relative rerank rest restarts returns
+        save_every settle stagger start state_dropout states still support swipe temperature weight_decay window"""),
     (math.ulp(0.), math.inf, "beta clip lr matrix_lr scale"), # anything above 0
     (0, 1, "copy_share dropout gamma heldout rarest_class relabel slips tau warmup")) for name in names.split()}
 

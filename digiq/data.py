@@ -61,7 +61,8 @@ def write(self:Shards,
     "Write a shard. Raises `DataError` where another one of this number exists; the same bytes may be written again."
     path = self.path/f"{index:05d}-{zlib.crc32(data):08x}{self.suffix}"
     old = self.found().get(index, path)
-    if old != path: raise DataError(f"{old} is there already and is not overwritten: choose another run_dir, or delete it first")
+    if old != path:
+        raise DataError(f"{old} is there already and is not overwritten: choose another run_dir, or delete it first")
     with atomic(path) as p: p.write_bytes(data)
     return path
 
@@ -368,7 +369,7 @@ def _check_features(features, rows, places, index):
 
 # %% ../nbs/04_data.ipynb #30-058
 class Embeddings:
-    "f(s, a) of (state, action) pairs, as float16 (or float32) [n, d], a row per pair. Opening checks the shards that are there."
+    "f(s, a) of (state, action) pairs: float16 (or float32) [n, d], a row per pair. Opening checks what is there."
     def __init__(self,
         path:str|Path, # directory; made by the first `write_shard`
     ):
@@ -390,7 +391,7 @@ def write_shard(self:Embeddings,
     rows:list[dict], # `episode`, `step`, `action`; the actions of a state next to each other, all in one shard
     features:np.ndarray, # vectors of this shard, [n, d]; where there are none, of any width
     dtype:str="float16", # on disk; "float32" for vectors that came in it, in all shards alike
-    places:list[tuple[int, int]]|None=None, # of each row's vector, as from `first_seen`; None for a vector per row, in order
+    places:list[tuple[int, int]]|None=None, # of each row's vector, see `first_seen`; None for a vector per row
 ) -> Path: # the file of vectors
     "Write a shard, once. Raises `DataError` on failed embeddings, and rather than overwrite."
     with np.errstate(over="ignore"): features = np.asarray(features, dtype)

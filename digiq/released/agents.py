@@ -39,7 +39,8 @@ def read_weights(
     except pickle.UnpicklingError as e:
         why = re.search(r"GLOBAL \S+", str(e))
         raise DataError(f"{path} asks for more than weights{f' ({why[0]})' if why else ''}, and is refused: nothing in it was run") from None
-    except Exception as e: raise DataError(f"{path} is damaged: fetch it again ({' '.join(str(e).split())[:200]})") from None
+    except Exception as e:
+        raise DataError(f"{path} is damaged: fetch it again ({' '.join(str(e).split())[:200]})") from None
     named = isinstance(found, dict) and all(isinstance(v, torch.Tensor) for v in found.values())
     if not named: raise DataError(f"{path} holds no weights by name")
     return {_bare(k): v for k, v in found.items()}
@@ -72,7 +73,8 @@ def fill(
     what:str, # the module in words
 ):
     "Load all weights. Raises `DataError` naming those that are missing, left over or of another size."
-    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids")} # no weights: older transformers saved them
+    # position_ids are no weights, but older transformers saved them
+    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids")}
     mine = model.state_dict()
     lacking, extra = sorted(mine.keys() - weights.keys()), sorted(weights.keys() - mine.keys())
     if lacking: raise DataError(f"{what} lacks {len(lacking)} weights, the first {lacking[0]}")
@@ -118,9 +120,11 @@ def text_config(
 # %% ../../nbs/released/52_agents.ipynb #54-112a
 def _critic_config(name, q_widths, v_widths): # as published; two outputs of Q are those of success classification
     return CriticConfig(
-        text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(q_widths[:-1]), v_hidden=tuple(v_widths[:-1]),
+        text_encoder=name, products=False, screen_cells=(1, 1),
+        q_hidden=tuple(q_widths[:-1]), v_hidden=tuple(v_widths[:-1]),
         dropout=0., dueling=False, state_dropout=0., loss="classification" if q_widths[-1] == 2 else "regression",
-        weight_offset=0., aggregate="max", gamma=.95, tau=.1, lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
+        weight_offset=0., aggregate="max", gamma=.95, tau=.1,
+        lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
 
 def _texts(weights): # of the text encoders, by our names
     return {f"{mine}.model.{k.removeprefix(theirs + '.')}": v for mine, theirs in ENCODERS.items()
@@ -141,7 +145,8 @@ def load_critic(
         screens = heads["v_heads.weight.0"].shape[1] - 3*d
         rep = heads["q_heads.weight.0"].shape[1] - 5*d - screens
     except KeyError as e: raise DataError(f"the critic's file is not a Digi-Q critic's: it lacks {e}") from None
-    if screens < 0 or screens % 2 or rep < 1: raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
+    if screens < 0 or screens % 2 or rep < 1:
+        raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
     critic = Critic(cfg, torch.full((1, 1), encoder.pad_token_id), encoder.vocab_size, screens//2, rep, encoder).eval()
     own = {k: v for k, v in critic.state_dict().items() if k.endswith(("_mean", "_std"))}
     fill(critic, own | heads | _texts(weights), "the critic's file")
@@ -155,11 +160,13 @@ OTHERS = dict( # by how the names begin
     scheduler="state of a schedule: not needed",
     sampler="state of a sampler: not needed",
     scaler="state of a loss scaler: not needed",
-    config="configuration", tokenizer="tokenizer", spiece="tokenizer", special_tokens="tokenizer", README="description") | {".git": "of git"}
+    config="configuration", tokenizer="tokenizer", spiece="tokenizer", special_tokens="tokenizer",
+    README="description") | {".git": "of git"}
 
 def _what(name):
-    named = {f"{kind}{n}{end}": what for n, what in FILES.items() for kind, end in (("pytorch_model", ".bin"), ("model", ".safetensors"))}
-    return named.get(name) or next((what for start, what in OTHERS.items() if name.startswith(start)), "unknown: not read")
+    for n, what in FILES.items():
+        if name in (f"pytorch_model{n}.bin", f"model{n}.safetensors"): return what
+    return next((what for start, what in OTHERS.items() if name.startswith(start)), "unknown: not read")
 
 # %% ../../nbs/released/52_agents.ipynb #54-115
 def agent_files(
@@ -168,7 +175,8 @@ def agent_files(
     "What is in a published agent's directory. Raises `DataError` where weights are missing."
     path = Path(path)
     if (path/"trainer_offline.pt").is_dir(): path = path/"trainer_offline.pt" # where the original code wants them
-    if not path.is_dir(): raise DataError(f"{path} is no directory: give the one of the agent, e.g. aitw-webshop-digiq-agent")
+    if not path.is_dir():
+        raise DataError(f"{path} is no directory: give the one of the agent, e.g. aitw-webshop-digiq-agent")
     found = {f.name: _what(f.name) for f in sorted(path.iterdir())}
     for n, what in FILES.items():
         if what in found.values(): continue
@@ -198,8 +206,8 @@ def load_agent(
     fill(model, weights, "the policy's file")
     tokenizer = load_tokenizer(auto_ui) if auto_ui else Missing()
     encoder = AutoConfig.from_pretrained(text_encoder) if Path(text_encoder).is_dir() else None
-    critics = [load_critic(read_weights(files[what]), encoder, text_encoder).to(device) for what in ("critic", "target critic")]
-    return Policy(model.to(device), tokenizer, image_encoder), *critics
+    critics = [load_critic(read_weights(files[what]), encoder, text_encoder) for what in ("critic", "target critic")]
+    return Policy(model.to(device), tokenizer, image_encoder), *(c.to(device) for c in critics)
 
 # %% ../../nbs/released/52_agents.ipynb #54-022
 def save_agent(

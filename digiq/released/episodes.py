@@ -39,7 +39,8 @@ class Pictures:
             raise DataError(f"there are no pictures at {path}: give a directory, or the published zip archive ({e})") from None
         for n in names:
             name = self.name(n)
-            if "__MACOSX" not in _parts(name): self.known.setdefault(_short(name), []).append(n) # what macOS adds to archives
+            if "__MACOSX" in _parts(name): continue # what macOS adds to archives
+            self.known.setdefault(_short(name), []).append(n)
         if not self.known: raise DataError(f"{path} holds no files: give the directory or archive of the pictures")
 
     def _files(self):
@@ -54,7 +55,8 @@ class Pictures:
 MOST = 64 << 20 # bytes of a picture
 
 def _agree(one, other): # how many of the last parts are the same
-    return next((i for i, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(reversed(one), reversed(other)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 @patch
 def data(self:Pictures, where): # the file, None where it cannot be read
@@ -89,7 +91,8 @@ def read(self:Pictures,
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.verify()
-            if picture.mode in ("I", "F"): raise DataError(f"the picture {path} has 32 bits a pixel, whose white is not known")
+            if picture.mode in ("I", "F"):
+                raise DataError(f"the picture {path} has 32 bits a pixel, whose white is not known")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         if found := disguise(data): raise DataError(f"the picture {path} is {found}") from None
         return None
@@ -176,7 +179,8 @@ def find_facts(
     forms = [find_form(e) for e in lists if all(type(s) is dict for s in e)]
     reps, pictures = ([_shape(s.get(name)) for s in steps] for name in ("q_rep_out_list", "image_features"))
     n = _most([len(_names(s)) for s in steps])
-    width, image_width = _most([r[1] if len(r) == 2 else 0 for r in reps]), _most([p[0] if len(p) == 1 else 0 for p in pictures])
+    width = _most([r[1] if len(r) == 2 else 0 for r in reps])
+    image_width = _most([p[0] if len(p) == 1 else 0 for p in pictures])
     return Facts(n, width, image_width, form=_most([f for f in forms if f]) or "", **settings)
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-013
@@ -231,7 +235,8 @@ def _vectors(step, t, name, shape, dtype):
     raise Broken(t, f"{name} holds a vector of zeros, which is how a failed embedding looks")
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-016
-LINKS = dict(next_image_path="image_path", next_observation="observation") # a field of a step, and the same thing in the step after it
+# a field of a step, and the same thing in the step after it
+LINKS = dict(next_image_path="image_path", next_observation="observation")
 
 def _counts_on(a, b, t, name): # whether a number is right in the step after `a`
     if name == "step_id": return _number(b, t + 1, name) == _number(a, t, name) + 1
@@ -264,7 +269,8 @@ def find_pictures(self:Episode, steps):
         why = ": the file's other episodes differ" if other else " and of names that end in _0, _1, ... or _1, _2, ..."
         raise Broken(None, f"{FORMS['unclear']}, for want of next_image_path{why}")
     self.paths = screens_of(steps, self.form)
-    if self.paths[-1] is None: self.note(len(steps) - 1, "does not say which picture came last", "kept, without a picture of the last screen")
+    if self.paths[-1] is None:
+        self.note(len(steps) - 1, "does not say which picture came last", "kept, without a picture of the last screen")
 
 @patch
 def picture(self:Episode, t):
@@ -282,9 +288,9 @@ def read_step(self:Episode, s, t, previous): # the decision part of this action,
     if error: self.note(t, f"the action cannot be read: {error}", "kept, as an action that did nothing")
     task, done = _text(s, t, "task"), bool(_number(s, t, "done"))
     self.rows.append(dict(
-        episode=self.number, step=t, task_id=f"{facts.name}-{derive_seed(task) % 16**8:08x}", goal=task, level=level(task),
-        prompt=_text(s, t, "observation"), previous=previous, screen=self.picture(t), action=action,
-        reward=_number(s, t, "reward"), terminated=done, truncated=False, error=error, seed=0))
+        episode=self.number, step=t, task_id=f"{facts.name}-{derive_seed(task) % 16**8:08x}", goal=task,
+        level=level(task), prompt=_text(s, t, "observation"), previous=previous, screen=self.picture(t),
+        action=action, reward=_number(s, t, "reward"), terminated=done, truncated=False, error=error, seed=0))
     if facts.image_width: self.screens.append(_vectors(s, t, "image_features", (facts.image_width,), facts.dtype))
     if facts.n: self.read_candidates(s, t, action)
     return previous if error else decision(action)
@@ -306,7 +312,8 @@ def read_candidates(self:Episode, s, t, action):
     self.proposals.append(dict(episode=self.number, step=t, actions=names))
     different = list(dict.fromkeys(names))
     bad = sum(bool(_trouble(n)) for n in different)
-    if bad: self.note(t, f"{bad} of {len(different)} distinct candidates cannot be read as actions", "kept; they take no part in training")
+    if bad:
+        self.note(t, f"{bad} of {len(different)} distinct candidates cannot be read as actions", "kept; they take no part in training")
     if self.facts.width: self.read_embeddings(s, t, names)
 
 @patch
@@ -336,7 +343,8 @@ def read_steps(self:Episode, steps):
 @patch
 def read_end(self:Episode, last, n, previous): # the row of the last screen
     prompt = last.get("next_observation")
-    self.rows.append(dict(self.rows[-1], step=n, prompt=prompt if type(prompt) is str else "", previous=previous, action="",
+    if type(prompt) is not str: prompt = ""
+    self.rows.append(dict(self.rows[-1], step=n, prompt=prompt, previous=previous, action="",
                           reward=0., terminated=False, truncated=False, error="", screen=self.picture(n)))
     width = self.facts.image_width
     if width: self.screens.append(_vectors(last, n - 1, "next_image_features", (width,), self.facts.dtype))
@@ -351,7 +359,8 @@ def note_oddities(self:Episode, steps):
         if succeeded != any(r["reward"] > 0 for r in self.rows):
             self.note(end, f"trajectory_reward is {last['trajectory_reward']}, but the rewards say otherwise", "the rewards are kept")
     odd = "in a form that is not known or that the first episodes of the file do not have"
-    for name, used in dict(action_list=facts.n, q_rep_out_list=facts.n and facts.width, image_features=facts.image_width).items():
+    all_used = dict(action_list=facts.n, q_rep_out_list=facts.n and facts.width, image_features=facts.image_width)
+    for name, used in all_used.items():
         if not used and any(s.get(name) is not None for s in steps): self.note(None, f"has {name}, {odd}", "left out")
 
 @patch

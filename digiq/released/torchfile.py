@@ -21,7 +21,8 @@ from ..foreign import disguise
 
 # %% ../../nbs/released/50_torchfile.ipynb #31-007
 STORAGES = dict(FloatStorage="<f4", DoubleStorage="<f8", HalfStorage="<f2", BFloat16Storage="bfloat16",
-                LongStorage="<i8", IntStorage="<i4", ShortStorage="<i2", CharStorage="|i1", ByteStorage="|u1", BoolStorage="|b1")
+                LongStorage="<i8", IntStorage="<i4", ShortStorage="<i2", CharStorage="|i1",
+                ByteStorage="|u1", BoolStorage="|b1")
 NUMPY = "numpy.core", "numpy._core" # before and since NumPy 2
 
 NAMES = {
@@ -199,7 +200,8 @@ BUDGET = 256 << 20 # bytes
 
 def _weight(value):
     if type(value) is Array: return 100 + (0 if value.numbers is None else value.numbers.nbytes)
-    return {bytes: 100, bytearray: 100, tuple: 200}.get(type(value), 10_000) + (len(value) if type(value) in (bytes, bytearray) else 0)
+    if type(value) in (bytes, bytearray): return 100 + len(value)
+    return 200 if type(value) is tuple else 10_000
 
 @patch
 def retire(self:Memo,
@@ -264,7 +266,8 @@ def step(self:Machine,
     elif name not in NOTHING: _method(self, name)(arg)
 
 # %% ../../nbs/released/50_torchfile.ipynb #31-028
-WRONG = (ValueError, TypeError, IndexError, AttributeError, KeyError, OverflowError, MemoryError, UnicodeError, EOFError, RecursionError, struct.error)
+WRONG = (ValueError, TypeError, IndexError, AttributeError, KeyError, OverflowError, MemoryError,
+         UnicodeError, EOFError, RecursionError, struct.error)
 
 @patch
 def run(self:Machine): # a generator
@@ -351,12 +354,14 @@ def do_binpersid(self:Machine, arg):
 @patch
 def do_build(self:Machine, arg):
     state, target = self.stack.pop(), self.stack[-1]
-    if type(target) not in (Kind, Array): raise DataError("the file wants to change an object that is no array: it is refused")
+    if type(target) not in (Kind, Array):
+        raise DataError("the file wants to change an object that is no array: it is refused")
     target.fill(state)
 @patch
 def do_reduce(self:Machine, arg):
     args, name = self.stack.pop(), self.stack.pop()
-    if type(name) is not Name or type(args) is not tuple: raise DataError("the file calls something that is no function: it is refused")
+    if type(name) is not Name or type(args) is not tuple:
+        raise DataError("the file calls something that is no function: it is refused")
     make = getattr(self, f"make_{name.meaning[0]}", None)
     if make is None: raise DataError(f"the file calls {name.meaning[0]}, which is no function here: it is refused")
     self.stack.append(make(*args))
@@ -392,7 +397,7 @@ def make_buffer(self:Machine, data, kind, shape, order):
 # %% ../../nbs/released/50_torchfile.ipynb #31-033
 @patch
 def items(self:Machine): # a generator
-    "The items of the outermost list, one by one; each is forgotten when the next one is asked for. Raises `DataError` where it is no list of lists."
+    "The items of the outermost list, each forgotten when the next is asked for. Raises `DataError` where it is no list of lists."
     outer, first = None, 0
     for name in self.run():
         if outer is None:
@@ -415,7 +420,7 @@ def items(self:Machine): # a generator
 
 # %% ../../nbs/released/50_torchfile.ipynb #31-036
 class TorchFile:
-    "A file that torch or pickle wrote, read piece by piece. Raises `DataError` where it is none, or asks for what is not needed."
+    "A file of torch or pickle, read piece by piece. Raises `DataError` where it is none, or asks for what is not needed."
     def __init__(self,
         path:str|Path, # file
     ):
@@ -441,9 +446,11 @@ class TorchFile:
 def _open_zip(self:TorchFile):
     try:
         with zipfile.ZipFile(self.path) as z: self.members = {i.filename: i for i in z.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError) as e: raise DataError(f"{self.path} is a damaged zip archive ({e}): fetch it again") from None
+    except (zipfile.BadZipFile, OSError, ValueError) as e:
+        raise DataError(f"{self.path} is a damaged zip archive ({e}): fetch it again") from None
     found = [n for n in self.members if n.rpartition("/")[2] == "data.pkl" and n.count("/") <= 1]
-    if len(found) != 1: raise DataError(f"{self.path} is a zip archive, but none that torch wrote: it has {len(found)} files data.pkl")
+    if len(found) != 1:
+        raise DataError(f"{self.path} is a zip archive, but none that torch wrote: it has {len(found)} files data.pkl")
     self.root = found[0].removesuffix("data.pkl")
     order = self.members.get(f"{self.root}byteorder")
     if order and self._bytes(*self._where(order)) != b"little":
@@ -497,7 +504,8 @@ def _open_row(self:TorchFile):
     self.start, self.stop, self._places = 0, self.size, {}
     if not self._is_row(): return
     version, facts = (self._next(Machine(self.path, self.start, self.stop)) for _ in range(2))
-    if version != 1001 or not facts.get("little_endian"): raise DataError(f"{self.path} was written by a torch that is not supported")
+    if version != 1001 or not facts.get("little_endian"):
+        raise DataError(f"{self.path} was written by a torch that is not supported")
     self._find = lambda s: (0, 0)
     place, keys = self._after(self.machine()), {}
     rest = Machine(self.path, place, self.size)
@@ -505,7 +513,8 @@ def _open_row(self:TorchFile):
     place += rest.reader.tell()
     for key in keys:
         n, = struct.unpack("<q", self._bytes(place, 8))
-        if key not in self._kinds or n != self._kinds[key].n: raise DataError(f"{self.path} is damaged: the storages do not fit")
+        if key not in self._kinds or n != self._kinds[key].n:
+            raise DataError(f"{self.path} is damaged: the storages do not fit")
         self._places[key] = place + 8, n*self._kinds[key].width
         place += 8 + n*self._kinds[key].width
     self._find = lambda s: self._places[s.key]
@@ -514,9 +523,11 @@ def _open_row(self:TorchFile):
 @patch
 def _storage(self:TorchFile, pid):
     broken = DataError(f"{self.path} is damaged: a tensor without storage")
-    if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)): raise broken
+    if type(pid) is not tuple or len(pid) not in (5, 6): raise broken
+    if pid[0] != "storage" or pid[5:] not in ((), (None,)): raise broken
     _, name, key, _, n = pid[:5]
-    if type(name) is not Name or name.meaning[0] != "storage" or type(key) is not str or type(n) is not int or n < 0: raise broken
+    if type(name) is not Name or name.meaning[0] != "storage": raise broken
+    if type(key) is not str or type(n) is not int or n < 0: raise broken
     if not hasattr(self, "_find"): raise DataError(f"{self.path} is damaged: a tensor where there are none")
     return Storage(self._read, key, name.meaning[1], n)
 
