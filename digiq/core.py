@@ -94,6 +94,7 @@ def _convert_sequence(value, tp, where):
     if len(kinds) != len(value): raise _wrong(value, tp, where)
     return origin(_convert(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
 
+# %% ../nbs/00_core.ipynb #00-201
 def _convert_union(value, tp, where):
     if value is None and NoneType in get_args(tp): return None
     kinds = [a for a in get_args(tp) if a is not NoneType]
@@ -124,6 +125,7 @@ def from_dict(
     hints = get_type_hints(cls)
     return cls(**{name: _convert(v, hints[name], prefix + name) for name, v in d.items()})
 
+# %% ../nbs/00_core.ipynb #00-202
 def to_dict(
     obj, # a dataclass instance
 ) -> dict: # its fields as JSON would return them (tuples become lists)
@@ -226,6 +228,7 @@ class Log(list):
     ):
         for row in rows: self.append(row)
 
+# %% ../nbs/00_core.ipynb #00-203
 def read_log(
     path:str|Path, # file of a `Log`, perhaps still being written
 ) -> list: # its rows so far
@@ -248,6 +251,7 @@ def _merge(old, new):
     if not (isinstance(old, dict) and isinstance(new, dict)): return new
     return old | {k: _merge(old.get(k), v) for k, v in new.items()}
 
+# %% ../nbs/00_core.ipynb #00-204
 @patch
 def metrics(self:Run) -> dict: # contents of metrics.json, empty where there is none yet
     "The results so far."
@@ -400,6 +404,7 @@ def _begin(work, item):
     home.close() # only the copy holds it now, so the pipe ends with the copy
     return here, process
 
+# %% ../nbs/00_core.ipynb #00-205
 def _hear(pipe, process, advance, finished):
     "Take one message; whether it was the last one."
     try: message = pipe.recv()

@@ -77,6 +77,7 @@ def verify(self:Shards):
         if "pointer" in found: raise DataError(f"{f} is {found}")
         raise DataError(f"{f} is damaged or truncated: delete it and run the stage that wrote it again")
 
+# %% ../nbs/04_data.ipynb #30-201
 @patch
 def paths(self:Shards) -> list[Path]: # the files, in order
     "All shards, checked. Raises `DataError` where there are none, one is damaged, or one is missing between others."
@@ -259,6 +260,7 @@ def _picture(self:EpisodeStore, episode, step):
     if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
     return data
 
+# %% ../nbs/04_data.ipynb #30-202
 @patch
 def screen(self:EpisodeStore,
     episode:int, # its number
@@ -328,6 +330,7 @@ def actions(self:Proposals,
     "The proposals at a state. Raises `DataError` where there are none."
     return self.index.table["actions"][self.index.row(episode, step)].as_py()
 
+# %% ../nbs/04_data.ipynb #30-203
 @patch
 def distinct(self:Proposals,
     episode:int, # a recorded state
@@ -418,6 +421,7 @@ def _vectors(shard, number, starts, where): # int [n], counted through all shard
     lacking = f"vector {number[lost[0]]} of shard {shard[lost[0]]:05d}"
     raise DataError(f"{where} lacks {lacking}: delete the directory and run its stage again")
 
+# %% ../nbs/04_data.ipynb #30-204
 def _spans(states, where): # first row and the one after the last, by state; `states` int [n, 2]
     begins = np.flatnonzero(np.r_[True, (states[1:] != states[:-1]).any(1)]).tolist()
     spans = dict(zip(map(tuple, states[begins].tolist()), zip(begins, [*begins[1:], len(states)])))
@@ -479,6 +483,7 @@ def __getitem__(self:Embeddings,
     for p in np.unique(part): out[part == p] = _read(index.arrays[p], flat[part == p] - index.starts[p])
     return out.reshape(*rows.shape, self.width)
 
+# %% ../nbs/04_data.ipynb #30-205
 @patch(as_prop=True)
 def width(self:Embeddings): # d
     return max(a.shape[1] for a in self.index.arrays)

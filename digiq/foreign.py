@@ -46,6 +46,7 @@ def _words(said):
     if isinstance(more, dict) and (raw := _words(more.get("raw"))): found = f"{found}: {raw}"
     return found
 
+# %% ../nbs/00a_foreign.ipynb #00a-203
 def reason(
     body:bytes|str, # of a refusal
 ) -> str: # in one line; "" where it says nothing

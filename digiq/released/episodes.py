@@ -66,6 +66,7 @@ def data(self:Pictures, where): # the file, None where it cannot be read
     except (RuntimeError, NotImplementedError) as e:
         raise DataError(f"{self.path} cannot be unpacked here ({e}): unpack it, and give the directory") from None
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-201
 @patch
 def find(self:Pictures,
     path:str, # as a step says it
@@ -119,6 +120,7 @@ FORMS = dict(
     collected="image_path is the picture after the action, as the collection writes it",
     unclear="image_path may be the picture before the action or after it")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-202
 def _numbered(path): # what stands before the number of a picture, the number, and what stands after it
     found = re.fullmatch(r"(.*_)(\d+)(\.\w+)", path, re.DOTALL)
     return (found[1], int(found[2]), found[3]) if found else None
@@ -156,6 +158,7 @@ class Facts:
     name:str="released" # of the task set
     form:str="" # what `image_path` means, one of `FORMS`; "" where there is none
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-203
 def _most(values): return Counter(values).most_common(1)[0][0] if values else 0
 
 def _shape(x): # of a tensor, an array, or a list of these
@@ -272,6 +275,7 @@ def find_pictures(self:Episode, steps):
     if self.paths[-1] is None:
         self.note(len(steps) - 1, "does not say which picture came last", "kept, without a picture of the last screen")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-204
 @patch
 def picture(self:Episode, t):
     if self.pictures is None or t == len(self.paths) - 1 and self.paths[t] is None: return None
@@ -316,6 +320,7 @@ def read_candidates(self:Episode, s, t, action):
         self.note(t, f"{bad} of {len(different)} distinct candidates cannot be read as actions", "kept; they take no part in training")
     if self.facts.width: self.read_embeddings(s, t, names)
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-205
 @patch
 def read_embeddings(self:Episode, s, t, names):
     first, dtype, width = {}, self.facts.dtype, self.facts.width
@@ -340,6 +345,7 @@ def read_steps(self:Episode, steps):
     self.note_oddities(steps)
     self.read_end(steps[-1], len(steps), previous)
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-206
 @patch
 def read_end(self:Episode, last, n, previous): # the row of the last screen
     prompt = last.get("next_observation")
@@ -363,6 +369,7 @@ def note_oddities(self:Episode, steps):
     for name, used in all_used.items():
         if not used and any(s.get(name) is not None for s in steps): self.note(None, f"has {name}, {odd}", "left out")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-207
 @patch
 def read(self:Episode,
     steps:list, # as `TorchFile` yields it
@@ -406,6 +413,7 @@ def _groups(items, limit): # lists of `EPISODES` items
         if k == limit: return
     if some: yield some
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-208
 def _convert_missing(file, out, pictures, limit, dtype, saved):
     done = Shards(out/"oddities", ".json").found()
     facts = Facts(**read_json(done[0])["facts"]) if 0 in done else None
@@ -433,6 +441,7 @@ def _report(out):
     if forms: counts["form"] = "; ".join(said)
     return counts | dict(oddities=[*_collected(forms), *(o for p in parts for o in p["oddities"])])
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-209
 def _collected(forms): # oddities of the whole file
     if not (n := forms.get("collected")): return []
     what = f"{n} episodes are collected, not published: {FORMS['collected']}"

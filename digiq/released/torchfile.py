@@ -185,6 +185,7 @@ def put(self:Memo,
     self.places[number] = place if type(value) is str else -1
     if type(value) is not str: self.objects[number] = value
 
+# %% ../../nbs/released/50_torchfile.ipynb #31-201
 @patch
 def get(self:Memo,
     number:int, # as it was put
@@ -280,6 +281,7 @@ def run(self:Machine): # a generator
         why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
         raise DataError(f"the file is damaged ({why}): fetch it again") from None
 
+# %% ../../nbs/released/50_torchfile.ipynb #31-202
 @patch
 def value(self:Machine):
     "What the whole pickle stands for. Raises `DataError` where it is damaged, or asks for what is not needed."
@@ -357,6 +359,8 @@ def do_build(self:Machine, arg):
     if type(target) not in (Kind, Array):
         raise DataError("the file wants to change an object that is no array: it is refused")
     target.fill(state)
+
+# %% ../../nbs/released/50_torchfile.ipynb #31-203
 @patch
 def do_reduce(self:Machine, arg):
     args, name = self.stack.pop(), self.stack.pop()
@@ -531,6 +535,7 @@ def _storage(self:TorchFile, pid):
     if not hasattr(self, "_find"): raise DataError(f"{self.path} is damaged: a tensor where there are none")
     return Storage(self._read, key, name.meaning[1], n)
 
+# %% ../../nbs/released/50_torchfile.ipynb #31-205
 @patch
 def _read(self:TorchFile, storage):
     try: start, size = self._find(storage)
