@@ -41,7 +41,8 @@ class Shards:
 @patch
 def found(self:Shards) -> dict[int, Path]: # file by shard number, in order
     "The shards that are there, unchecked."
-    named = ((re.fullmatch(rf"(\d+)-[0-9a-f]{{8}}{re.escape(self.suffix)}", f.name), f) for f in sorted(self.path.glob(f"*{self.suffix}")))
+    form = re.compile(rf"(\d+)-[0-9a-f]{{8}}{re.escape(self.suffix)}")
+    named = ((form.fullmatch(f.name), f) for f in sorted(self.path.glob(f"*{self.suffix}")))
     return {int(m[1]): f for m, f in named if m}
 
 @patch
@@ -60,7 +61,8 @@ def write(self:Shards,
     "Write a shard. Raises `DataError` where another one of this number exists; the same bytes may be written again."
     path = self.path/f"{index:05d}-{zlib.crc32(data):08x}{self.suffix}"
     old = self.found().get(index, path)
-    if old != path: raise DataError(f"{old} is there already and is not overwritten: choose another run_dir, or delete it first")
+    if old != path:
+        raise DataError(f"{old} is there already and is not overwritten: choose another run_dir, or delete it first")
     with atomic(path) as p: p.write_bytes(data)
     return path
 
@@ -70,10 +72,12 @@ def verify(self:Shards):
     "Check every shard that is there against its checksum. Raises `DataError` naming the first damaged one."
     for f in self.found().values():
         stat = f.stat()
-        if _crc(f, stat.st_size, stat.st_mtime_ns) != f.stem.split("-")[1]:
-            found = disguise(f)
-            raise DataError(f"{f} is {found if 'pointer' in found else 'damaged or truncated: delete it and run the stage that wrote it again'}")
+        if _crc(f, stat.st_size, stat.st_mtime_ns) == f.stem.split("-")[1]: continue
+        found = disguise(f)
+        if "pointer" in found: raise DataError(f"{f} is {found}")
+        raise DataError(f"{f} is damaged or truncated: delete it and run the stage that wrote it again")
 
+# %% ../nbs/04_data.ipynb #30-201
 @patch
 def paths(self:Shards) -> list[Path]: # the files, in order
     "All shards, checked. Raises `DataError` where there are none, one is damaged, or one is missing between others."
@@ -93,10 +97,10 @@ def fill(self:Shards,
     workers:int=1, # processes at once, see `digiq.core.share`
     saved=lambda: None, # called after each shard, e.g. a stage's `save`
 ):
-    "Make all missing shards, with a progress bar. Raises what `make` raises, and `DigiqError` where a process is killed."
+    "Make all missing shards, with a progress bar. Raises what `make` raises; `DigiqError` where a process is killed."
     if todo := self.missing(len(sizes)):
-        with progress(total=sum(sizes), desc=desc, initial=sum(sizes) - sum(sizes[i] for i in todo)) as bar:
-            share(todo, make, workers, bar.update, saved)
+        before = sum(sizes) - sum(sizes[i] for i in todo)
+        with progress(total=sum(sizes), desc=desc, initial=before) as bar: share(todo, make, workers, bar.update, saved)
 
 # %% ../nbs/04_data.ipynb #30-017
 EPISODE_COLUMNS = dict(
@@ -177,7 +181,7 @@ def place(self:StateIndex, episode, step) -> tuple[Path, int]: # file, and row i
 
 # %% ../nbs/04_data.ipynb #30-026
 class EpisodeStore:
-    "Recorded episodes, a row a step, in Parquet shards. Opening checks those that are there."
+    "Recorded episodes, a row per step, in Parquet shards. Opening checks those that are there."
     def __init__(self,
         path:str|Path, # directory; made by the first `write_shard`
     ):
@@ -193,10 +197,11 @@ class EpisodeStore:
 def _check_episodes(rows):
     following = None
     for r in rows:
-        here = r["episode"], r["step"]
-        if here != (following or (r["episode"], 0)): raise DataError(f"episode {here[0]} step {here[1]} is out of order, or the episode before it lacks its last row")
+        episode, step = here = r["episode"], r["step"]
+        if here != (following or (episode, 0)):
+            raise DataError(f"episode {episode} step {step} is out of order, or the episode before it lacks its last row")
         final = not (r["action"] or r["error"])
-        following = None if final else (here[0], here[1] + 1)
+        following = None if final else (episode, step + 1)
     if following: raise DataError(f"episode {following[0]} lacks its last row, with the screen on which it ended")
 
 # %% ../nbs/04_data.ipynb #30-029
@@ -207,7 +212,7 @@ def _pack(screen):
 @patch
 def write_shard(self:EpisodeStore,
     index:int, # number of the shard
-    rows:list[dict], # whole episodes, with the columns of `EPISODE_COLUMNS`; a screen as a picture, already compressed, or None
+    rows:list[dict], # whole episodes, by `EPISODE_COLUMNS`; a screen as a picture, already compressed, or None
 ) -> Path: # the file
     "Write a shard, once. Raises `DataError` on rows that do not fit, and rather than overwrite."
     _check_episodes(rows)
@@ -225,7 +230,7 @@ def rows(self:EpisodeStore,
     return [r | {"screen": r["screen"] and r["screen"]["bytes"]} for r in pq.read_table(path).to_pylist()]
 
 @patch
-def episodes(self:EpisodeStore) -> pd.DataFrame: # a row a step, every column but `screen`
+def episodes(self:EpisodeStore) -> pd.DataFrame: # a row per step, every column but `screen`
     "The steps of all episodes, without pictures. Raises `DataError` where a shard is missing or damaged."
     return self.index.table.to_pandas()
 
@@ -234,7 +239,9 @@ def episodes(self:EpisodeStore) -> pd.DataFrame: # a row a step, every column bu
 def _parquet_file(path): return pq.ParquetFile(path, memory_map=True)
 
 @lru_cache(maxsize=32)
-def _pictures(path, group): return _parquet_file(path).read_row_group(group, ["screen.bytes"], use_threads=False)["screen"].chunk(0).field("bytes")
+def _pictures(path, group):
+    rows = _parquet_file(path).read_row_group(group, ["screen.bytes"], use_threads=False)
+    return rows["screen"].chunk(0).field("bytes")
 
 @patch
 def picture(self:EpisodeStore,
@@ -246,12 +253,14 @@ def picture(self:EpisodeStore,
     size = _parquet_file(path).metadata.row_group(0).num_rows
     return _pictures(path, row // size)[row % size].as_py()
 
+# %% ../nbs/04_data.ipynb #30-111
 @patch
 def _picture(self:EpisodeStore, episode, step):
     data = self.picture(episode, step)
     if data is None: raise DataError(f"{self.shards.path} was recorded without screens: replay the episode to see them")
     return data
 
+# %% ../nbs/04_data.ipynb #30-202
 @patch
 def screen(self:EpisodeStore,
     episode:int, # its number
@@ -309,7 +318,7 @@ def write_shard(self:Proposals,
 
 @patch
 def table(self:Proposals) -> pd.DataFrame: # episode, step, actions, index
-    "All proposals, a row a state."
+    "All proposals, a row per state."
     return self.index.table.to_pandas()
 
 # %% ../nbs/04_data.ipynb #30-050
@@ -321,6 +330,7 @@ def actions(self:Proposals,
     "The proposals at a state. Raises `DataError` where there are none."
     return self.index.table["actions"][self.index.row(episode, step)].as_py()
 
+# %% ../nbs/04_data.ipynb #30-203
 @patch
 def distinct(self:Proposals,
     episode:int, # a recorded state
@@ -332,8 +342,9 @@ def distinct(self:Proposals,
 # %% ../nbs/04_data.ipynb #30-054
 def first_seen(
     shards:list[list], # for each shard what its rows show: anything hashable, equal where the content is
-) -> list[tuple[list[tuple[int, int]], list[int]]]: # for each shard: where each row's content has its vector, a shard and a number there; and the rows whose content is new
-    "Give every content one place, in the shard where it appears first."
+) -> list[tuple[list[tuple[int, int]], list[int]]]: # a pair for each shard, see below
+    """Give every content one place, in the shard where it appears first. Returned are for each shard:
+    where each row's content has its vector, a shard and a number there; and the rows whose content is new."""
     places, out = {}, []
     for i, contents in enumerate(shards):
         new = []
@@ -352,13 +363,16 @@ EMBEDDING_COLUMNS = dict(
 
 def _check_features(features, rows, places, index):
     needed = 1 + max((v for i, v in places if i == index), default=-1)
-    if features.ndim != 2 or len(features) != needed: raise DataError(f"{len(rows)} rows need features of shape [{needed}, d], not {list(features.shape)}")
+    if features.ndim != 2 or len(features) != needed:
+        raise DataError(f"{len(rows)} rows need features of shape [{needed}, d], not {list(features.shape)}")
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
-    if len(bad): raise DataError(f"the embedding of {tuple(rows[places.index((index, bad[0]))].values())} is zero or not a finite {features.dtype}, and so are {len(bad) - 1} others")
+    if not len(bad): return
+    first = tuple(rows[places.index((index, bad[0]))].values())
+    raise DataError(f"the embedding of {first} is zero or not a finite {features.dtype}, and so are {len(bad) - 1} others")
 
 # %% ../nbs/04_data.ipynb #30-058
 class Embeddings:
-    "f(s, a) of (state, action) pairs: to the reader float16 (or float32) [n, d], a row a pair. Opening checks the shards that are there."
+    "f(s, a) of (state, action) pairs: float16 (or float32) [n, d], a row per pair. Opening checks what is there."
     def __init__(self,
         path:str|Path, # directory; made by the first `write_shard`
     ):
@@ -368,8 +382,8 @@ class Embeddings:
 
     @cached_property
     def index(self):
-        arrays, keys = self.shards.paths(), self.keys.found()
-        return PairIndex([keys[i] for i in range(len(arrays))], [np.load(f, mmap_mode="r", allow_pickle=False) for f in arrays])
+        arrays, keys = [np.load(f, mmap_mode="r", allow_pickle=False) for f in self.shards.paths()], self.keys.found()
+        return PairIndex([keys[i] for i in range(len(arrays))], arrays)
     def __repr__(self): return f"Embeddings({str(self.shards.path)!r})"
     def __len__(self): return len(self.index.table) # pairs
 
@@ -380,7 +394,7 @@ def write_shard(self:Embeddings,
     rows:list[dict], # `episode`, `step`, `action`; the actions of a state next to each other, all in one shard
     features:np.ndarray, # vectors of this shard, [n, d]; where there are none, of any width
     dtype:str="float16", # on disk; "float32" for vectors that came in it, in all shards alike
-    places:list[tuple[int, int]]|None=None, # of each row's vector, as from `first_seen`; a vector a row, in order, where None
+    places:list[tuple[int, int]]|None=None, # of each row's vector, see `first_seen`; None for a vector per row
 ) -> Path: # the file of vectors
     "Write a shard, once. Raises `DataError` on failed embeddings, and rather than overwrite."
     with np.errstate(over="ignore"): features = np.asarray(features, dtype)
@@ -393,6 +407,27 @@ def write_shard(self:Embeddings,
     self.keys.write(index, _parquet(rows, _schema(EMBEDDING_COLUMNS), group=4096))
     return self.shards.write(index, out.getvalue())
 
+# %% ../nbs/04_data.ipynb #30-118
+def _keys(f):
+    part = pq.read_table(f).replace_schema_metadata()
+    if part.column_names == list(EMBEDDING_COLUMNS): return part
+    needed = ", ".join(EMBEDDING_COLUMNS)
+    raise DataError(f"{f} has not the columns {needed}: it is of an earlier version; delete its directory and run its stage again")
+
+def _vectors(shard, number, starts, where): # int [n], counted through all shards
+    sizes = np.diff(starts)
+    lost = np.flatnonzero((shard >= len(sizes)) | (number >= sizes[np.minimum(shard, len(sizes) - 1)]))
+    if not len(lost): return starts[shard] + number
+    lacking = f"vector {number[lost[0]]} of shard {shard[lost[0]]:05d}"
+    raise DataError(f"{where} lacks {lacking}: delete the directory and run its stage again")
+
+# %% ../nbs/04_data.ipynb #30-204
+def _spans(states, where): # first row and the one after the last, by state; `states` int [n, 2]
+    begins = np.flatnonzero(np.r_[True, (states[1:] != states[:-1]).any(1)]).tolist()
+    spans = dict(zip(map(tuple, states[begins].tolist()), zip(begins, [*begins[1:], len(states)])))
+    if len(spans) < len(begins): raise DataError(f"{where} holds the pairs of one state in two places")
+    return spans
+
 # %% ../nbs/04_data.ipynb #30-062
 class PairIndex:
     "Which row is for which (state, action), and which vector it has, over all shards of a set of embeddings."
@@ -400,18 +435,12 @@ class PairIndex:
         keys:list[Path], # Parquet files of `EMBEDDING_COLUMNS`
         arrays:list[np.memmap], # the vectors of each
     ):
-        parts = [pq.read_table(f).replace_schema_metadata() for f in keys]
-        for f, part in zip(keys, parts):
-            if part.column_names != list(EMBEDDING_COLUMNS): raise DataError(f"{f} has not the columns {', '.join(EMBEDDING_COLUMNS)}: it is of an earlier version; delete its directory and run its stage again")
-        self.arrays, self.table = arrays, pa.concat_tables(parts)
-        self.starts, shard, number = np.cumsum([0, *map(len, arrays)]), self.table["shard"].to_numpy(), self.table["vector"].to_numpy()
-        lost = np.flatnonzero((shard >= len(arrays)) | (number >= np.diff(self.starts)[np.minimum(shard, len(arrays) - 1)]))
-        if len(lost): raise DataError(f"{keys[0].parent} lacks vector {number[lost[0]]} of shard {shard[lost[0]]:05d}: delete the directory and run its stage again")
-        self.vector, self.table = self.starts[shard] + number, self.table.select(["episode", "step", "action"])
-        states = np.stack([self.table["episode"].to_numpy(), self.table["step"].to_numpy()], 1)
-        begins = np.flatnonzero(np.r_[True, (states[1:] != states[:-1]).any(1)])
-        self.spans = dict(zip(map(tuple, states[begins].tolist()), zip(begins.tolist(), [*begins[1:].tolist(), len(states)])))
-        if len(self.spans) < len(begins): raise DataError(f"{keys[0].parent} holds the pairs of one state in two places")
+        where, table = keys[0].parent, pa.concat_tables([_keys(f) for f in keys])
+        column = lambda name: table[name].to_numpy()
+        self.arrays, self.starts = arrays, np.cumsum([0, *map(len, arrays)])
+        self.vector = _vectors(column("shard"), column("vector"), self.starts, where)
+        self.table = table.select(["episode", "step", "action"])
+        self.spans = _spans(np.stack([column("episode"), column("step")], 1), where)
 
 # %% ../nbs/04_data.ipynb #30-063
 @patch
@@ -424,33 +453,37 @@ def rows(self:Embeddings,
     start, stop = self.index.spans.get((int(episode), int(step)), (0, 0))
     row = {a: start + i for i, a in enumerate(self.index.table["action"][start:stop].to_pylist())}
     if lacking := [a for a in actions if a not in row]:
-        raise DataError(f"{self.shards.path} has no embedding of episode {episode} step {step} action {lacking[0]!r}: run the embedding stage again")
+        pair = f"episode {episode} step {step} action {lacking[0]!r}"
+        raise DataError(f"{self.shards.path} has no embedding of {pair}: run the embedding stage again")
     return np.array([row[a] for a in actions], np.int64)
 
-# %% ../nbs/04_data.ipynb #30-064
+# %% ../nbs/04_data.ipynb #30-121
 def _read(array, rows): # rows of a memory-mapped array, without mapping their pages: a read for each run of neighbours
     out = np.empty((len(rows), *array.shape[1:]), array.dtype)
     with open(array.filename, "rb", buffering=0) as f:
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1):
             f.seek(array.offset + int(rows[part[0]])*array.strides[0])
             want = memoryview(out[part[0]:part[-1] + 1]).cast("B")
-            if f.readinto(want) != len(want): raise DataError(f"{array.filename} became shorter while it was read: run the stage that wrote it again")
+            if f.readinto(want) == len(want): continue
+            raise DataError(f"{array.filename} became shorter while it was read: run the stage that wrote it again")
     return out
 
+# %% ../nbs/04_data.ipynb #30-064
 @patch
 def __getitem__(self:Embeddings,
     rows:np.ndarray, # int, any shape
 ) -> np.ndarray: # float16 or float32, as stored, [*rows.shape, d]
-    "The vectors of some rows; only these are read."
+    "The vectors of some rows; only these are read. Raises `IndexError` where there is no such row."
     rows, index = np.asarray(rows), self.index
     flat = rows.reshape(-1)
-    if flat.size and not (0 <= flat.min() and flat.max() < len(self)): raise IndexError(f"rows go from 0 to {len(self) - 1}")
+    if flat.size and (flat.min() < 0 or flat.max() >= len(self)): raise IndexError(f"rows go from 0 to {len(self) - 1}")
     flat = index.vector[flat]
     part = np.searchsorted(index.starts, flat, "right") - 1
     out = np.empty((flat.size, self.width), index.arrays[0].dtype)
     for p in np.unique(part): out[part == p] = _read(index.arrays[p], flat[part == p] - index.starts[p])
     return out.reshape(*rows.shape, self.width)
 
+# %% ../nbs/04_data.ipynb #30-205
 @patch(as_prop=True)
 def width(self:Embeddings): # d
     return max(a.shape[1] for a in self.index.arrays)

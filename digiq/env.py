@@ -44,7 +44,8 @@ def check_point(
     *point:float, # coordinates, 0..1
 ):
     "Raise `DeviceError` where a coordinate lies off the screen."
-    if not all(0 <= v <= 1 for v in point): raise DeviceError(f"{point} lies off the screen: coordinates go from 0 to 1")
+    if not all(0 <= v <= 1 for v in point):
+        raise DeviceError(f"{point} lies off the screen: coordinates go from 0 to 1")
 
 def check_key(
     key:str, # name of a key
@@ -177,7 +178,8 @@ class DeviceEnv(gym.Env):
             raise DigiqError(f"{type(device).__name__} cannot judge its own state: give DeviceEnv an evaluator")
         self.device, self.tasks, self.horizon, self.evaluator = device, tasks, horizon, evaluator or ask_device
         width, height = device.size
-        self.observation_space = Dict(screen=Box(0, 255, (height, width, 3), np.uint8), goal=AnyText(10_000, min_length=0), previous=AnyText(10_000, min_length=0))
+        screen, text = Box(0, 255, (height, width, 3), np.uint8), lambda: AnyText(10_000, min_length=0)
+        self.observation_space = Dict(screen=screen, goal=text(), previous=text())
         self.action_space, self.render_mode, self.running = AnyText(10_000, min_length=0), "rgb_array", False
 
 # %% ../nbs/03_env.ipynb #03-032

@@ -22,75 +22,115 @@ from ..method.policy import AutoUI, AutoUIConfig, Policy, load_tokenizer
 # %% ../../nbs/released/52_agents.ipynb #54-006
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"} # parts of names: of DDP, of torch.compile, of FSDP
 
+def _bare(name): return ".".join(p for p in name.split(".") if p not in WRAPPERS)
+
+def _load(path):
+    if found := disguise(path): raise DataError(f"{path} is {found}")
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
 def read_weights(
     path:str|Path, # .bin, .pt or .safetensors
 ) -> dict: # tensors by name, without the names of wrappers
     "Read weights. Raises `DataError` where the file is missing, damaged, or asks for anything but tensors."
     path = Path(path)
-    try:
-        if found := disguise(path): raise DataError(f"{path} is {found}")
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try: found = _load(path)
     except DataError: raise
     except FileNotFoundError: raise DataError(f"{path} does not exist") from None
     except pickle.UnpicklingError as e:
         why = re.search(r"GLOBAL \S+", str(e))
         raise DataError(f"{path} asks for more than weights{f' ({why[0]})' if why else ''}, and is refused: nothing in it was run") from None
-    except Exception as e: raise DataError(f"{path} is damaged: fetch it again ({' '.join(str(e).split())[:200]})") from None
-    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()): raise DataError(f"{path} holds no weights by name")
-    return {".".join(p for p in k.split(".") if p not in WRAPPERS): v for k, v in found.items()}
+    except Exception as e:
+        raise DataError(f"{path} is damaged: fetch it again ({' '.join(str(e).split())[:200]})") from None
+    named = isinstance(found, dict) and all(isinstance(v, torch.Tensor) for v in found.values())
+    if not named: raise DataError(f"{path} holds no weights by name")
+    return {_bare(k): v for k, v in found.items()}
 
 # %% ../../nbs/released/52_agents.ipynb #54-014
-def _layers(weights, prefix): return 1 + max((int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix)), default=-1)
+def _layers(weights, prefix): # how many are numbered after the prefix
+    return 1 + max((int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix)), default=-1)
 
 def policy_config(
     weights:dict, # of an Auto-UI, by name
 ) -> AutoUIConfig:
     "The sizes of an Auto-UI. Raises `DataError` where the weights are of something else."
+    attention, ff = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
     try:
         vocab, d = weights["shared.weight"].shape
-        buckets, heads = weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape
-        ff = "encoder.block.0.layer.1.DenseReluDense."
+        buckets, heads = weights[f"{attention}relative_attention_bias.weight"].shape
         gated = f"{ff}wi_0.weight" in weights
-        return AutoUIConfig(vocab_size=vocab, d_model=d, num_heads=heads, d_kv=len(weights["encoder.block.0.layer.0.SelfAttention.q.weight"])//heads, d_ff=weights[f"{ff}wo.weight"].shape[1], relative_attention_num_buckets=buckets,
-            num_layers=_layers(weights, "encoder.block."), num_decoder_layers=_layers(weights, "decoder.block."), feed_forward_proj="gated-gelu" if gated else "relu", image_dim=weights["image_dense.weight"].shape[1],
+        return AutoUIConfig(
+            vocab_size=vocab, d_model=d, num_heads=heads, d_kv=len(weights[f"{attention}q.weight"])//heads,
+            d_ff=weights[f"{ff}wo.weight"].shape[1], relative_attention_num_buckets=buckets,
+            num_layers=_layers(weights, "encoder.block."), num_decoder_layers=_layers(weights, "decoder.block."),
+            feed_forward_proj="gated-gelu" if gated else "relu", image_dim=weights["image_dense.weight"].shape[1],
             tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     except KeyError as e: raise DataError(f"the policy's file is not an Auto-UI's: it lacks {e}") from None
 
+# %% ../../nbs/released/52_agents.ipynb #54-104
 def fill(
     model, # a module
     weights:dict, # by name
     what:str, # the module in words
 ):
     "Load all weights. Raises `DataError` naming those that are missing, left over or of another size."
-    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids")} # no weights: older transformers saved them
+    # position_ids are no weights, but older transformers saved them
+    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids")}
     mine = model.state_dict()
-    if lacking := sorted(mine.keys() - weights.keys()): raise DataError(f"{what} lacks {len(lacking)} weights, the first {lacking[0]}")
-    if extra := sorted(weights.keys() - mine.keys()): raise DataError(f"{what} has {len(extra)} weights that belong to another model, the first {extra[0]}")
-    if odd := [k for k in mine if mine[k].shape != weights[k].shape]: raise DataError(f"{what}: {odd[0]} is {list(weights[odd[0]].shape)}, and should be {list(mine[odd[0]].shape)}")
+    lacking, extra = sorted(mine.keys() - weights.keys()), sorted(weights.keys() - mine.keys())
+    if lacking: raise DataError(f"{what} lacks {len(lacking)} weights, the first {lacking[0]}")
+    if extra: raise DataError(f"{what} has {len(extra)} weights that belong to another model, the first {extra[0]}")
+    for name, weight in mine.items():
+        found, wanted = list(weights[name].shape), list(weight.shape)
+        if found != wanted: raise DataError(f"{what}: {name} is {found}, and should be {wanted}")
     model.load_state_dict(weights)
 
 # %% ../../nbs/released/52_agents.ipynb #54-017
 def _moved(weight, d): # columns of a first layer: goal to the front
     return torch.cat([weight[:, 2*d:3*d], weight[:, :2*d], weight[:, 3*d:]], 1)
 
+# %% ../../nbs/released/52_agents.ipynb #54-108
 def _heads(weights, kind, d): # weights of both heads, in the form of `digiq.method.networks.Heads`
-    keys = sorted({int(k.split(".")[1]) for k in weights if k.startswith(f"{kind}_critic1.")})
-    layer = lambda head, k: weights[f"{kind}_critic{head}.{k}.weight"]
-    out = {f"{kind}_heads.weight.{i}": torch.stack([(_moved(layer(head, k), d) if i == 0 else layer(head, k)).T for head in (1, 2)]) for i, k in enumerate(keys)}
-    return out | {f"{kind}_heads.bias.{i}": torch.stack([weights[f"{kind}_critic{head}.{k}.bias"] for head in (1, 2)])[:, None] for i, k in enumerate(keys)}
+    def both(number, name): return [weights[f"{kind}_critic{head}.{number}.{name}"] for head in (1, 2)]
+    numbers, out = sorted({int(k.split(".")[1]) for k in weights if k.startswith(f"{kind}_critic1.")}), {}
+    for i, number in enumerate(numbers):
+        layers = [_moved(w, d) if i == 0 else w for w in both(number, "weight")]
+        out[f"{kind}_heads.weight.{i}"] = torch.stack([w.T for w in layers])
+        out[f"{kind}_heads.bias.{i}"] = torch.stack(both(number, "bias"))[:, None]
+    return out
 
-ENCODERS = dict(goal_encoder="base_lm_task", kind_encoder="base_lm_type", text_encoder="base_lm_text") # ours: theirs
+def _widths(heads, kind): # of the layers' outputs
+    return [heads[f"{kind}_heads.bias.{i}"].shape[-1] for i in range(_layers(heads, f"{kind}_heads.bias."))]
 
 # %% ../../nbs/released/52_agents.ipynb #54-018
+ENCODERS = dict(goal_encoder="base_lm_task", kind_encoder="base_lm_type", text_encoder="base_lm_text") # ours: theirs
+
 def text_config(
     weights:dict, # of a published critic
 ) -> RobertaConfig: # with heads 64 wide, as all published sizes have
     "The sizes of its text encoders."
-    get = lambda name: weights[f"base_lm_task.{name}"]
-    vocab, d = get("embeddings.word_embeddings.weight").shape
-    return RobertaConfig(vocab_size=vocab, hidden_size=d, num_hidden_layers=_layers(weights, "base_lm_task.encoder.layer."), num_attention_heads=max(1, d//64), intermediate_size=len(get("encoder.layer.0.intermediate.dense.weight")),
-        max_position_embeddings=len(get("embeddings.position_embeddings.weight")), type_vocab_size=len(get("embeddings.token_type_embeddings.weight")), layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    get = lambda name: weights[f"base_lm_task.{name}.weight"]
+    vocab, d = get("embeddings.word_embeddings").shape
+    return RobertaConfig(
+        vocab_size=vocab, hidden_size=d, num_hidden_layers=_layers(weights, "base_lm_task.encoder.layer."),
+        num_attention_heads=max(1, d//64), intermediate_size=len(get("encoder.layer.0.intermediate.dense")),
+        max_position_embeddings=len(get("embeddings.position_embeddings")),
+        type_vocab_size=len(get("embeddings.token_type_embeddings")),
+        layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
 
+# %% ../../nbs/released/52_agents.ipynb #54-112a
+def _critic_config(name, q_widths, v_widths): # as published; two outputs of Q are those of success classification
+    return CriticConfig(
+        text_encoder=name, products=False, screen_cells=(1, 1),
+        q_hidden=tuple(q_widths[:-1]), v_hidden=tuple(v_widths[:-1]),
+        dropout=0., dueling=False, state_dropout=0., loss="classification" if q_widths[-1] == 2 else "regression",
+        weight_offset=0., aggregate="max", gamma=.95, tau=.1,
+        lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
+
+def _texts(weights): # of the text encoders, by our names
+    return {f"{mine}.model.{k.removeprefix(theirs + '.')}": v for mine, theirs in ENCODERS.items()
+            for k, v in weights.items() if k.startswith(theirs + ".")}
+
+# %% ../../nbs/released/52_agents.ipynb #54-113
 def load_critic(
     weights:dict, # of a published critic, by name
     encoder=None, # configuration of its text encoders; None reads it off the weights
@@ -101,44 +141,57 @@ def load_critic(
         encoder = encoder or text_config(weights)
         d = encoder.hidden_size
         heads = _heads(weights, "q", d) | _heads(weights, "v", d)
-        widths = {kind: [heads[f"{kind}_heads.bias.{i}"].shape[-1] for i in range(_layers(heads, f"{kind}_heads.bias."))] for kind in "qv"}
+        cfg = _critic_config(name, _widths(heads, "q"), _widths(heads, "v"))
         screens = heads["v_heads.weight.0"].shape[1] - 3*d
         rep = heads["q_heads.weight.0"].shape[1] - 5*d - screens
     except KeyError as e: raise DataError(f"the critic's file is not a Digi-Q critic's: it lacks {e}") from None
-    if screens < 0 or screens % 2 or rep < 1: raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
-    cfg = CriticConfig(text_encoder=name, products=False, screen_cells=(1, 1), q_hidden=tuple(widths["q"][:-1]), v_hidden=tuple(widths["v"][:-1]), dropout=0., dueling=False, state_dropout=0., loss="classification" if widths["q"][-1] == 2 else "regression",
-        weight_offset=0., aggregate="max", gamma=.95, tau=.1, lr=1e-5, weight_decay=0., clip=.01, batch=32, accumulate=4)
+    if screens < 0 or screens % 2 or rep < 1:
+        raise DataError(f"the critic's heads do not fit its text encoders of width {d}")
     critic = Critic(cfg, torch.full((1, 1), encoder.pad_token_id), encoder.vocab_size, screens//2, rep, encoder).eval()
     own = {k: v for k, v in critic.state_dict().items() if k.endswith(("_mean", "_std"))}
-    texts = {f"{mine}.model.{k.removeprefix(theirs + '.')}": v for mine, theirs in ENCODERS.items() for k, v in weights.items() if k.startswith(theirs + ".")}
-    fill(critic, own | heads | texts, "the critic's file")
+    fill(critic, own | heads | _texts(weights), "the critic's file")
     return critic
 
 # %% ../../nbs/released/52_agents.ipynb #54-020
 FILES = {"": "policy", "_1": "critic", "_2": "target critic"}
-OTHERS = {"random_states": "states of random generators, a pickle: not read", "optimizer": "state of an optimiser: not needed", "scheduler": "state of a schedule: not needed", "sampler": "state of a sampler: not needed", "scaler": "state of a loss scaler: not needed",
-    "config": "configuration", "tokenizer": "tokenizer", "spiece": "tokenizer", "special_tokens": "tokenizer", "README": "description", ".git": "of git"}
+OTHERS = dict( # by how the names begin
+    random_states="states of random generators, a pickle: not read",
+    optimizer="state of an optimiser: not needed",
+    scheduler="state of a schedule: not needed",
+    sampler="state of a sampler: not needed",
+    scaler="state of a loss scaler: not needed",
+    config="configuration", tokenizer="tokenizer", spiece="tokenizer", special_tokens="tokenizer",
+    README="description") | {".git": "of git"}
 
+def _what(name):
+    for n, what in FILES.items():
+        if name in (f"pytorch_model{n}.bin", f"model{n}.safetensors"): return what
+    return next((what for start, what in OTHERS.items() if name.startswith(start)), "unknown: not read")
+
+# %% ../../nbs/released/52_agents.ipynb #54-115
 def agent_files(
     path:str|Path, # directory of an agent
 ) -> dict: # by file name, what it is
-    "What lies in a published agent's directory. Raises `DataError` where weights are missing."
+    "What is in a published agent's directory. Raises `DataError` where weights are missing."
     path = Path(path)
     if (path/"trainer_offline.pt").is_dir(): path = path/"trainer_offline.pt" # where the original code wants them
-    if not path.is_dir(): raise DataError(f"{path} is no directory: give the one of the agent, e.g. aitw-webshop-digiq-agent")
-    named = {f"{kind}{n}{end}": what for n, what in FILES.items() for kind, end in (("pytorch_model", ".bin"), ("model", ".safetensors"))}
-    found = {f.name: named.get(f.name) or next((what for start, what in OTHERS.items() if f.name.startswith(start)), "unknown: not read") for f in sorted(path.iterdir())}
+    if not path.is_dir():
+        raise DataError(f"{path} is no directory: give the one of the agent, e.g. aitw-webshop-digiq-agent")
+    found = {f.name: _what(f.name) for f in sorted(path.iterdir())}
     for n, what in FILES.items():
-        if what not in found.values(): raise DataError(f"{path} lacks pytorch_model{n}.bin, the {what}: fetch the whole directory (with git-lfs); it has {', '.join(found) or 'no files'}")
+        if what in found.values(): continue
+        has = ", ".join(found) or "no files"
+        raise DataError(f"{path} lacks pytorch_model{n}.bin, the {what}: fetch the whole directory (with git-lfs); it has {has}")
     return {str(path/name): what for name, what in found.items()}
 
-# %% ../../nbs/released/52_agents.ipynb #54-021
+# %% ../../nbs/released/52_agents.ipynb #54-117
 class Missing:
-    "Stands in for a tokenizer that nobody named"
+    "Stands in for a tokenizer that was not given."
     def __getattr__(self, name):
         if name.startswith("__"): raise AttributeError(name)
         raise DigiqError("this agent has no tokenizer: name Auto-UI-Base's directory as auto_ui when loading it")
 
+# %% ../../nbs/released/52_agents.ipynb #54-021
 def load_agent(
     path:str|Path, # directory of a published agent
     auto_ui:str|Path=None, # directory of Auto-UI-Base, for its tokenizer; needed to act
@@ -153,8 +206,8 @@ def load_agent(
     fill(model, weights, "the policy's file")
     tokenizer = load_tokenizer(auto_ui) if auto_ui else Missing()
     encoder = AutoConfig.from_pretrained(text_encoder) if Path(text_encoder).is_dir() else None
-    critics = [load_critic(read_weights(files[what]), encoder, text_encoder).to(device) for what in ("critic", "target critic")]
-    return Policy(model.to(device), tokenizer, image_encoder), *critics
+    critics = [load_critic(read_weights(files[what]), encoder, text_encoder) for what in ("critic", "target critic")]
+    return Policy(model.to(device), tokenizer, image_encoder), *(c.to(device) for c in critics)
 
 # %% ../../nbs/released/52_agents.ipynb #54-022
 def save_agent(

@@ -33,17 +33,21 @@ class Pictures:
         path:str|Path, # a directory, or a zip archive
     ):
         self.path, self.zip, self.known = Path(path), None, {}
-        try:
-            if self.path.is_dir(): names = [Path(top, f) for top, _, files in os.walk(os.path.abspath(path)) for f in files]
-            else:
-                self.zip = zipfile.ZipFile(self.path)
-                names = [i for i in self.zip.infolist() if not i.is_dir()]
+        try: names = self._files()
         except (OSError, zipfile.BadZipFile) as e:
             if self.path.is_file() and (found := disguise(self.path)): raise DataError(f"{path} is {found}") from None
             raise DataError(f"there are no pictures at {path}: give a directory, or the published zip archive ({e})") from None
         for n in names:
-            if "__MACOSX" not in _parts(self.name(n)): self.known.setdefault(_short(self.name(n)), []).append(n) # what macOS adds to archives
+            name = self.name(n)
+            if "__MACOSX" in _parts(name): continue # what macOS adds to archives
+            self.known.setdefault(_short(name), []).append(n)
         if not self.known: raise DataError(f"{path} holds no files: give the directory or archive of the pictures")
+
+    def _files(self):
+        if self.path.is_dir():
+            return [Path(top, f) for top, _, files in os.walk(os.path.abspath(self.path)) for f in files]
+        self.zip = zipfile.ZipFile(self.path)
+        return [i for i in self.zip.infolist() if not i.is_dir()]
 
     def name(self, where): return where.filename if self.zip else str(where)
 
@@ -51,15 +55,18 @@ class Pictures:
 MOST = 64 << 20 # bytes of a picture
 
 def _agree(one, other): # how many of the last parts are the same
-    return next((i for i, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(reversed(one), reversed(other)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 @patch
 def data(self:Pictures, where): # the file, None where it cannot be read
     if self.zip and where.file_size > MOST: return None
     try: return self.zip.read(where) if self.zip else where.read_bytes()
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile): return None
-    except (RuntimeError, NotImplementedError) as e: raise DataError(f"{self.path} cannot be unpacked here ({e}): unpack it, and give the directory") from None
+    except (RuntimeError, NotImplementedError) as e:
+        raise DataError(f"{self.path} cannot be unpacked here ({e}): unpack it, and give the directory") from None
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-201
 @patch
 def find(self:Pictures,
     path:str, # as a step says it
@@ -71,9 +78,11 @@ def find(self:Pictures,
         best = max(n for n, _ in same)
         some = [w for w, (n, whole) in zip(some, same) if n in (best, whole)]
     found = {self.data(w): self.name(w) for w in some}
-    if len(found) > 1: raise DataError(f"{path} may be {' or '.join(list(found.values())[:2])}: give the directory or archive that holds only the pictures at full size")
-    return next(iter(found), None)
+    if len(found) < 2: return next(iter(found), None)
+    either = " or ".join(list(found.values())[:2])
+    raise DataError(f"{path} may be {either}: give the directory or archive that holds only the pictures at full size")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-103
 @patch
 def read(self:Pictures,
     path:str, # as a step says it
@@ -83,7 +92,8 @@ def read(self:Pictures,
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.verify()
-            if picture.mode in ("I", "F"): raise DataError(f"the picture {path} has 32 bits a pixel, whose white is not known")
+            if picture.mode in ("I", "F"):
+                raise DataError(f"the picture {path} has 32 bits a pixel, whose white is not known")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         if found := disguise(data): raise DataError(f"the picture {path} is {found}") from None
         return None
@@ -104,9 +114,13 @@ class Broken(Exception):
     "An episode that is left out: step, what"
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-010b
-FORMS = dict(published="image_path is the picture before the action, next_image_path the one after it", numbered="image_path is the picture before the action, and nothing says which one came last",
-             collected="image_path is the picture after the action, as the collection writes it", unclear="image_path may be the picture before the action or after it")
+FORMS = dict(
+    published="image_path is the picture before the action, next_image_path the one after it",
+    numbered="image_path is the picture before the action, and nothing says which one came last",
+    collected="image_path is the picture after the action, as the collection writes it",
+    unclear="image_path may be the picture before the action or after it")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-202
 def _numbered(path): # what stands before the number of a picture, the number, and what stands after it
     found = re.fullmatch(r"(.*_)(\d+)(\.\w+)", path, re.DOTALL)
     return (found[1], int(found[2]), found[3]) if found else None
@@ -120,8 +134,10 @@ def find_form(
     if any(type(s.get("next_image_path")) is str for s in steps): return "published"
     found = [_numbered(p) if type(p) is str else None for p in paths]
     if None in found or len({(before, after) for before, _, after in found}) > 1: return "unclear"
-    return {0: "numbered", 1: "collected"}.get(next(iter(ahead), None), "unclear") if len(ahead := {n - t for t, (_, n, _) in enumerate(found)}) == 1 else "unclear"
+    ahead = {n - t for t, (_, n, _) in enumerate(found)} # of the step's own number
+    return {(0,): "numbered", (1,): "collected"}.get(tuple(ahead), "unclear")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-105
 def screens_of(
     steps:list, # of an episode
     form:str, # of `FORMS`
@@ -142,6 +158,7 @@ class Facts:
     name:str="released" # of the task set
     form:str="" # what `image_path` means, one of `FORMS`; "" where there is none
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-203
 def _most(values): return Counter(values).most_common(1)[0][0] if values else 0
 
 def _shape(x): # of a tensor, an array, or a list of these
@@ -150,20 +167,24 @@ def _shape(x): # of a tensor, an array, or a list of these
 
 def _names(step): # candidates: one text, or a list of texts
     found = step.get("action_list")
-    found = [found] if type(found) is str else found
-    return "<split>".join(found).split("<split>") if type(found) in (list, tuple) and found and all(type(n) is str for n in found) else []
+    if type(found) is str: found = [found]
+    if type(found) not in (list, tuple) or not found or not all(type(n) is str for n in found): return []
+    return "<split>".join(found).split("<split>")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-108
 def find_facts(
     episodes:list, # some episodes, as `TorchFile` yields them
     **settings, # `dtype`, `name`
 ) -> Facts:
     "What most steps have."
-    whole = [e for e in episodes if type(e) is list and all(type(s) is dict for s in e)]
-    steps = [s for e in episodes if type(e) is list for s in e if type(s) is dict]
-    reps = [_shape(s.get("q_rep_out_list")) for s in steps]
-    pictures = [_shape(s.get("image_features")) for s in steps]
-    forms = list(filter(None, map(find_form, whole)))
-    return Facts(_most([len(_names(s)) for s in steps]), _most([r[1] if len(r) == 2 else 0 for r in reps]), _most([p[0] if len(p) == 1 else 0 for p in pictures]), form=_most(forms) or "", **settings)
+    lists = [e for e in episodes if type(e) is list]
+    steps = [s for e in lists for s in e if type(s) is dict]
+    forms = [find_form(e) for e in lists if all(type(s) is dict for s in e)]
+    reps, pictures = ([_shape(s.get(name)) for s in steps] for name in ("q_rep_out_list", "image_features"))
+    n = _most([len(_names(s)) for s in steps])
+    width = _most([r[1] if len(r) == 2 else 0 for r in reps])
+    image_width = _most([p[0] if len(p) == 1 else 0 for p in pictures])
+    return Facts(n, width, image_width, form=_most([f for f in forms if f]) or "", **settings)
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-013
 @dataclass
@@ -184,8 +205,10 @@ class Episode:
     def note(self, step, what, done): self.oddities.append(Oddity(self.number, step, what, done))
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-014
+def _other(step, t, name, kind): return Broken(t, f"{name} is no {kind}" if name in step else f"{name} is missing")
+
 def _text(step, t, name):
-    if type(step.get(name)) is not str: raise Broken(t, f"{name} is no text" if name in step else f"{name} is missing")
+    if type(step.get(name)) is not str: raise _other(step, t, name, "text")
     return step[name]
 
 def _number(step, t, name):
@@ -193,10 +216,11 @@ def _number(step, t, name):
     if type(value) in (Tensor, Array):
         value = value.read()
         value = value.item() if value.size == 1 else None
-    if type(value) not in (int, float, bool): raise Broken(t, f"{name} is no number" if name in step else f"{name} is missing")
+    if type(value) not in (int, float, bool): raise _other(step, t, name, "number")
     if not math.isfinite(value): raise Broken(t, f"{name} is {value}")
     return value
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-110
 def _read(value): # numbers of a tensor, an array, or a list of these
     return np.array([_read(v) for v in value]) if type(value) is list else value.read()
 
@@ -205,15 +229,21 @@ def _vectors(step, t, name, shape, dtype):
     if type(value) not in (Tensor, Array, list): raise Broken(t, f"{name} is missing")
     if _shape(value) != shape: raise Broken(t, f"{name} has shape {list(_shape(value))}, not {list(shape)}")
     try: value = _read(value)
-    except (AttributeError, ValueError): raise Broken(t, f"{name} is a list of more than vectors of {shape[-1]} numbers") from None
+    except (AttributeError, ValueError):
+        raise Broken(t, f"{name} is a list of more than vectors of {shape[-1]} numbers") from None
     with np.errstate(over="ignore"): kept = value.astype(dtype)
     if not np.isfinite(value).all(): raise Broken(t, f"{name} holds NaN or infinity")
     if not np.isfinite(kept).all(): raise Broken(t, f"{name} holds numbers beyond float16: convert in float32")
-    if not kept.reshape(-1, shape[-1]).any(1).all(): raise Broken(t, f"{name} holds a vector of zeros, which is how a failed embedding looks")
-    return kept
+    if kept.reshape(-1, shape[-1]).any(1).all(): return kept
+    raise Broken(t, f"{name} holds a vector of zeros, which is how a failed embedding looks")
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-016
-LINKS = dict(next_image_path="image_path", next_observation="observation") # a field of a step, and the same thing in the step after it
+# a field of a step, and the same thing in the step after it
+LINKS = dict(next_image_path="image_path", next_observation="observation")
+
+def _counts_on(a, b, t, name): # whether a number is right in the step after `a`
+    if name == "step_id": return _number(b, t + 1, name) == _number(a, t, name) + 1
+    return type(a[name]) is not str or a[name] == b[name]
 
 @patch
 def check_chain(self:Episode, steps):
@@ -225,9 +255,11 @@ def check_chain(self:Episode, steps):
         if _number(a, t, "done"): raise Broken(t, "is done in the middle of the episode")
         if a.get("task") != b.get("task"): raise Broken(t + 1, "has another task than the step before it")
         for name, same in LINKS.items():
-            if a.get(name) is not None and b.get(same) is not None and a[name] != b[same]: raise Broken(t, f"does not chain: {name} is not the {same} of the step after it")
-        for name, more in dict(step_id=1, traj_id=0).items():
-            if name in a and name in b and (type(a[name]) is str and a[name] != b[name] if more == 0 else _number(b, t + 1, name) != _number(a, t, name) + more): raise Broken(t + 1, f"does not chain: {name} is {b[name]} after {a[name]}")
+            if a.get(name) is not None and b.get(same) is not None and a[name] != b[same]:
+                raise Broken(t, f"does not chain: {name} is not the {same} of the step after it")
+        for name in ("step_id", "traj_id"):
+            if name in a and name in b and not _counts_on(a, b, t, name):
+                raise Broken(t + 1, f"does not chain: {name} is {b[name]} after {a[name]}")
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-017
 @patch
@@ -236,10 +268,14 @@ def find_pictures(self:Episode, steps):
     self.form = find_form(steps)
     if self.pictures is None: return
     other = {self.form, self.facts.form} == {"numbered", "collected"}
-    if self.form == "unclear" or other: raise Broken(None, f"{FORMS['unclear']}, for want of next_image_path" + (": the file's other episodes differ" if other else " and of names that end in _0, _1, ... or _1, _2, ..."))
+    if self.form == "unclear" or other:
+        why = ": the file's other episodes differ" if other else " and of names that end in _0, _1, ... or _1, _2, ..."
+        raise Broken(None, f"{FORMS['unclear']}, for want of next_image_path{why}")
     self.paths = screens_of(steps, self.form)
-    if self.paths[-1] is None: self.note(len(steps) - 1, "does not say which picture came last", "kept, without a picture of the last screen")
+    if self.paths[-1] is None:
+        self.note(len(steps) - 1, "does not say which picture came last", "kept, without a picture of the last screen")
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-204
 @patch
 def picture(self:Episode, t):
     if self.pictures is None or t == len(self.paths) - 1 and self.paths[t] is None: return None
@@ -248,42 +284,55 @@ def picture(self:Episode, t):
     if data is None: raise Broken(t, f"the picture {path} is missing or damaged")
     return data
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-113
 @patch
 def read_step(self:Episode, s, t, previous): # the decision part of this action, or of the last one that had any
-    action = _text(s, t, "action")
+    action, facts = _text(s, t, "action"), self.facts
     error = _trouble(action)
     if error: self.note(t, f"the action cannot be read: {error}", "kept, as an action that did nothing")
     task, done = _text(s, t, "task"), bool(_number(s, t, "done"))
-    self.rows.append(dict(episode=self.number, step=t, task_id=f"{self.facts.name}-{derive_seed(task) % 16**8:08x}", goal=task, level=level(task), prompt=_text(s, t, "observation"), previous=previous,
-        screen=self.picture(t), action=action, reward=_number(s, t, "reward"), terminated=done, truncated=False, error=error, seed=0))
-    if self.facts.image_width: self.screens.append(_vectors(s, t, "image_features", (self.facts.image_width,), self.facts.dtype))
-    if self.facts.n: self.read_candidates(s, t, action)
+    self.rows.append(dict(
+        episode=self.number, step=t, task_id=f"{facts.name}-{derive_seed(task) % 16**8:08x}", goal=task,
+        level=level(task), prompt=_text(s, t, "observation"), previous=previous, screen=self.picture(t),
+        action=action, reward=_number(s, t, "reward"), terminated=done, truncated=False, error=error, seed=0))
+    if facts.image_width: self.screens.append(_vectors(s, t, "image_features", (facts.image_width,), facts.dtype))
+    if facts.n: self.read_candidates(s, t, action)
     return previous if error else decision(action)
-
-# %% ../../nbs/released/51_episodes.ipynb #31a-019
-@patch
-def read_candidates(self:Episode, s, t, action):
-    if not (names := _names(s)): raise Broken(t, f"action_list is {'no text and no list of texts' if s.get('action_list') is not None else 'missing'}")
-    names = [n.strip() if n.strip() == action.strip() else n for n in names] # white space around the separator
-    names = [action if n == action.strip() else n for n in names]
-    if len(names) != self.facts.n: raise Broken(t, f"has {len(names)} candidates, where the others have {self.facts.n}")
-    if names[0] != action: raise Broken(t, "the first candidate is not the recorded action")
-    self.proposals.append(dict(episode=self.number, step=t, actions=names))
-    if bad := sum(bool(_trouble(n)) for n in set(names)): self.note(t, f"{bad} of {len(set(names))} distinct candidates cannot be read as actions", "kept; they take no part in training")
-    if not self.facts.width: return
-    reps = _vectors(s, t, "q_rep_out_list", (self.facts.n, self.facts.width), self.facts.dtype)
-    first = {}
-    for i, n in enumerate(names): first.setdefault(n, i)
-    if any((reps[i] != reps[first[n]]).any() for i, n in enumerate(names)): self.note(t, "equal candidates have different embeddings", "the first of each is kept")
-    if type(s.get("q_rep_out")) in (Tensor, Array) and (_shape(s["q_rep_out"]) != (self.facts.width,) or (s["q_rep_out"].read().astype(self.facts.dtype) != reps[0]).any()):
-        self.note(t, "q_rep_out is not the first row of q_rep_out_list", "q_rep_out_list is kept")
-    self.pairs += [dict(episode=self.number, step=t, action=n) for n in first]
-    self.reps.append(reps[list(first.values())])
 
 def _trouble(text): # why it is no action, or ""
     try: parse(text)
     except ActionError as e: return str(e)
     return ""
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-019
+@patch
+def read_candidates(self:Episode, s, t, action):
+    if not (names := _names(s)):
+        raise Broken(t, f"action_list is {'missing' if s.get('action_list') is None else 'no text and no list of texts'}")
+    names = [n.strip() if n.strip() == action.strip() else n for n in names] # white space around the separator
+    names = [action if n == action.strip() else n for n in names]
+    if len(names) != self.facts.n: raise Broken(t, f"has {len(names)} candidates, where the others have {self.facts.n}")
+    if names[0] != action: raise Broken(t, "the first candidate is not the recorded action")
+    self.proposals.append(dict(episode=self.number, step=t, actions=names))
+    different = list(dict.fromkeys(names))
+    bad = sum(bool(_trouble(n)) for n in different)
+    if bad:
+        self.note(t, f"{bad} of {len(different)} distinct candidates cannot be read as actions", "kept; they take no part in training")
+    if self.facts.width: self.read_embeddings(s, t, names)
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-205
+@patch
+def read_embeddings(self:Episode, s, t, names):
+    first, dtype, width = {}, self.facts.dtype, self.facts.width
+    reps = _vectors(s, t, "q_rep_out_list", (self.facts.n, width), dtype)
+    for i, n in enumerate(names): first.setdefault(n, i)
+    if any((reps[i] != reps[first[n]]).any() for i, n in enumerate(names)):
+        self.note(t, "equal candidates have different embeddings", "the first of each is kept")
+    own = s.get("q_rep_out")
+    if type(own) in (Tensor, Array) and (_shape(own) != (width,) or (own.read().astype(dtype) != reps[0]).any()):
+        self.note(t, "q_rep_out is not the first row of q_rep_out_list", "q_rep_out_list is kept")
+    self.pairs += [dict(episode=self.number, step=t, action=n) for n in first]
+    self.reps.append(reps[list(first.values())])
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-021
 @patch
@@ -292,17 +341,35 @@ def read_steps(self:Episode, steps):
     self.check_chain(steps)
     self.find_pictures(steps)
     for t, s in enumerate(steps): previous = self.read_step(s, t, previous)
-    last, n = steps[-1], len(steps)
-    row = self.rows[-1]
-    row["truncated"] = not row["terminated"]
-    if row["truncated"]: self.note(n - 1, "the episode ends without being done", "kept, as cut off")
-    if "trajectory_reward" in last and (_number(last, n - 1, "trajectory_reward") > 0) != any(r["reward"] > 0 for r in self.rows): self.note(n - 1, f"trajectory_reward is {last['trajectory_reward']}, but the rewards say otherwise", "the rewards are kept")
-    for name, used in dict(action_list=self.facts.n, q_rep_out_list=self.facts.n and self.facts.width, image_features=self.facts.image_width).items():
-        if not used and any(s.get(name) is not None for s in steps): self.note(None, f"has {name}, in a form that is not known or that the first episodes of the file do not have", "left out")
-    self.rows.append(dict(row, step=n, prompt=last["next_observation"] if type(last.get("next_observation")) is str else "", previous=previous, action="", reward=0., terminated=False, truncated=False, error="",
-        screen=self.picture(n)))
-    if self.facts.image_width: self.screens.append(_vectors(last, n - 1, "next_image_features", (self.facts.image_width,), self.facts.dtype))
+    self.rows[-1]["truncated"] = not self.rows[-1]["terminated"]
+    self.note_oddities(steps)
+    self.read_end(steps[-1], len(steps), previous)
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-206
+@patch
+def read_end(self:Episode, last, n, previous): # the row of the last screen
+    prompt = last.get("next_observation")
+    if type(prompt) is not str: prompt = ""
+    self.rows.append(dict(self.rows[-1], step=n, prompt=prompt, previous=previous, action="",
+                          reward=0., terminated=False, truncated=False, error="", screen=self.picture(n)))
+    width = self.facts.image_width
+    if width: self.screens.append(_vectors(last, n - 1, "next_image_features", (width,), self.facts.dtype))
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-114
+@patch
+def note_oddities(self:Episode, steps):
+    last, end, facts = steps[-1], len(steps) - 1, self.facts
+    if self.rows[-1]["truncated"]: self.note(end, "the episode ends without being done", "kept, as cut off")
+    if "trajectory_reward" in last:
+        succeeded = _number(last, end, "trajectory_reward") > 0
+        if succeeded != any(r["reward"] > 0 for r in self.rows):
+            self.note(end, f"trajectory_reward is {last['trajectory_reward']}, but the rewards say otherwise", "the rewards are kept")
+    odd = "in a form that is not known or that the first episodes of the file do not have"
+    all_used = dict(action_list=facts.n, q_rep_out_list=facts.n and facts.width, image_features=facts.image_width)
+    for name, used in all_used.items():
+        if not used and any(s.get(name) is not None for s in steps): self.note(None, f"has {name}, {odd}", "left out")
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-207
 @patch
 def read(self:Episode,
     steps:list, # as `TorchFile` yields it
@@ -323,14 +390,17 @@ def _write(out, facts, i, found):
     join = lambda name: [x for e in found for x in getattr(e, name)]
     EpisodeStore(out/"episodes").write_shard(i, join("rows"))
     if facts.image_width:
-        keys, screens = [dict(episode=r["episode"], step=r["step"], action="") for r in join("rows")], join("screens")
-        Embeddings(out/"screens").write_shard(i, keys, np.stack(screens) if screens else np.zeros((0, facts.image_width)), facts.dtype)
+        keys = [dict(episode=r["episode"], step=r["step"], action="") for r in join("rows")]
+        Embeddings(out/"screens").write_shard(i, keys, _stacked(join("screens"), facts.image_width), facts.dtype)
     if facts.n: Proposals(out/"proposals").write_shard(i, join("proposals"))
     if facts.n and facts.width:
-        reps = join("reps")
-        Embeddings(out/"embeddings").write_shard(i, join("pairs"), np.concatenate(reps) if reps else np.zeros((0, facts.width)), facts.dtype)
-    done = dict(facts=asdict(facts), episodes=len(found), kept=sum(bool(e.rows) for e in found), forms=Counter(e.form for e in found if e.form), oddities=[asdict(e) for e in join("oddities")])
+        Embeddings(out/"embeddings").write_shard(i, join("pairs"), _stacked(join("reps"), facts.width), facts.dtype)
+    done = dict(facts=asdict(facts), episodes=len(found), kept=sum(bool(e.rows) for e in found),
+                forms=Counter(e.form for e in found if e.form), oddities=[asdict(e) for e in join("oddities")])
     Shards(out/"oddities", ".json").write(i, json.dumps(done, indent=1).encode())
+
+def _stacked(some, width): # vectors, or arrays of vectors, as one array [n, width]
+    return np.concatenate([np.atleast_2d(x) for x in some]) if some else np.zeros((0, width))
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-029
 def _groups(items, limit): # lists of `EPISODES` items
@@ -343,13 +413,15 @@ def _groups(items, limit): # lists of `EPISODES` items
         if k == limit: return
     if some: yield some
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-208
 def _convert_missing(file, out, pictures, limit, dtype, saved):
     done = Shards(out/"oddities", ".json").found()
     facts = Facts(**read_json(done[0])["facts"]) if 0 in done else None
+    name = file.path.name.partition("-")[0].partition(".")[0] # of the task set
     with progress(total=file.stop - file.start, desc=f"convert {file.path.name}") as bar:
         for i, some in enumerate(_groups(file.items(), limit)):
             if i not in done:
-                facts = facts or find_facts(some, dtype=dtype, name=file.path.name.partition("-")[0].partition(".")[0])
+                facts = facts or find_facts(some, dtype=dtype, name=name)
                 _write(out, facts, i, [Episode(i*EPISODES + k, facts, pictures).read(e) for k, e in enumerate(some)])
                 saved()
             bar.update(file.place - bar.n)
@@ -357,17 +429,25 @@ def _convert_missing(file, out, pictures, limit, dtype, saved):
 # %% ../../nbs/released/51_episodes.ipynb #31a-030
 def _report(out):
     parts = [read_json(f) for f in Shards(out/"oddities", ".json").paths()]
-    counts = {k: sum(p[k] for p in parts) for k in ("episodes", "kept")}
-    if not counts["kept"]: raise DataError(f"none of {counts['episodes']} episodes is whole, the first because: {parts[0]['oddities'][0]['what']}")
+    counts, facts = {k: sum(p[k] for p in parts) for k in ("episodes", "kept")}, parts[0]["facts"]
+    if not counts["kept"]:
+        why = parts[0]["oddities"][0]["what"]
+        raise DataError(f"none of {counts['episodes']} episodes is whole, the first because: {why}")
     counts["steps"] = int((EpisodeStore(out/"episodes").episodes().action != "").sum())
-    facts = parts[0]["facts"]
     if facts["n"]: counts["candidates"] = facts["n"]
     if facts["n"] and facts["width"]: counts |= dict(pairs=len(Embeddings(out/"embeddings")), width=facts["width"])
     forms = sum((Counter(p.get("forms", {})) for p in parts), Counter())
-    if forms: counts["form"] = "; ".join(f"{form}: {FORMS[form]}" + (f" ({n} episodes)" if len(forms) > 1 else "") for form, n in forms.most_common())
-    taken = [Oddity(None, None, f"{n} episodes are collected, not published: {FORMS['collected']}", "step t has the picture ..._t.png") for form, n in forms.items() if form == "collected"]
-    return counts | dict(oddities=[*map(asdict, taken), *(o for p in parts for o in p["oddities"])])
+    said = [f"{form}: {FORMS[form]}" + (f" ({n} episodes)" if len(forms) > 1 else "") for form, n in forms.most_common()]
+    if forms: counts["form"] = "; ".join(said)
+    return counts | dict(oddities=[*_collected(forms), *(o for p in parts for o in p["oddities"])])
 
+# %% ../../nbs/released/51_episodes.ipynb #31a-209
+def _collected(forms): # oddities of the whole file
+    if not (n := forms.get("collected")): return []
+    what = f"{n} episodes are collected, not published: {FORMS['collected']}"
+    return [asdict(Oddity(None, None, what, "step t has the picture ..._t.png"))]
+
+# %% ../../nbs/released/51_episodes.ipynb #31a-118
 def convert(
     path:str|Path, # the released file of episodes
     out:str|Path, # directory to write; a conversion that was cut off is continued
@@ -378,7 +458,8 @@ def convert(
     "Take over released episodes. Raises `DataError` where the file is none, or asks for what episodes do not need."
     if dtype not in ("float32", "float16"): raise DataError(f"dtype is {dtype!r}: choose float32 or float16")
     file, pictures, run = TorchFile(path), None if images is None else Pictures(images), Run(out)
-    with run.stage("converted", dict(file=file.path.name, bytes=file.size, pictures=images is not None, limit=limit, dtype=dtype)) as stage:
+    settings = dict(file=file.path.name, bytes=file.size, pictures=images is not None, limit=limit, dtype=dtype)
+    with run.stage("converted", settings) as stage:
         if not stage.done:
             _convert_missing(file, run.path, pictures, limit, dtype, stage.save)
             if not (run.path/"oddities").exists(): raise DataError(f"{path} holds no episodes")
@@ -395,8 +476,10 @@ def summary(
 ) -> str: # lines
     "What was taken over, and what was odd, for a terminal."
     counts = {k: v for k, v in report.items() if k not in ("oddities", "form")}
-    lines = [*filter(None, [report.get("form")]), ", ".join(f"{v} {k}" for k, v in counts.items())]
+    lines = [report["form"]] if report.get("form") else []
+    lines.append(", ".join(f"{v} {k}" for k, v in counts.items()))
     for o in report["oddities"][:most]:
-        where = "the file" if o["episode"] is None else f"episode {o['episode']}" + ("" if o["step"] is None else f" step {o['step']}")
+        step = "" if o["step"] is None else f" step {o['step']}"
+        where = "the file" if o["episode"] is None else f"episode {o['episode']}{step}"
         lines.append(f"{where}: {o['what']}; {o['done']}")
     return "\n".join([*lines, f"{len(report['oddities'])} oddities, all of them in {Path(out)/'report.json'}"])
