@@ -92,7 +92,7 @@ def copy_example(
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-012
 def words_to_know(
 ) -> list[str]: # of goals, not the goals themselves
-    "What the tokenizer is made from: each word with and without a space behind it, and the syllables of shops, one by one"
+    "What the tokenizer is made from: each word with and without a space behind it, and the syllables of shops"
     words, parts = T.COLOURS + T.MATERIALS + T.MANNERS + T.NOUNS, [s for part in T.SYLLABLES for s in part]
     frames = [w.format(site="com", query="") for level in T.WORDINGS.values() for w in level]
     return [" ".join(words), ",".join(words), ",".join(parts)]*50 + frames*14
@@ -141,7 +141,8 @@ def place(
     return phone.episode.world["shops"][page["site"]]["layout"] if in_shop else page["kind"]
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-019d
-PHRASINGS = (("Go", "Look", "Take"), ("Open", "Search", "Bring"), ("Find", "Show", "Visit", "On", "Navigate")) # by a goal's first word
+PHRASINGS = ( # by a goal's first word
+    ("Go", "Look", "Take"), ("Open", "Search", "Bring"), ("Find", "Show", "Visit", "On", "Navigate"))
 
 def situation(
     phone:SimPhone, # now
@@ -171,6 +172,7 @@ def always(
     "The same action, whatever is on the screen"
     return lambda phone, task: action
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-020e
 def typing(
     text # of a task: what is typed
 ): # (phone, task) -> `Action`
@@ -220,6 +222,7 @@ class Step:
     wrong:str # the habit's, or ""
     coming:str # what should come next
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-024b
 def demonstrate(
     tasks:list, # training tasks
     cfg:BasePolicyConfig, # how many, how careless
@@ -231,7 +234,8 @@ def demonstrate(
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-024a
 def _episode(tasks, cfg, side, seed, i):
-    rng, phone = np.random.default_rng(derive_seed("demonstrate", seed, i)), SimPhone(seed=derive_seed("world", seed, i))
+    rng = np.random.default_rng(derive_seed("demonstrate", seed, i))
+    phone = SimPhone(seed=derive_seed("world", seed, i))
     task, slips = tasks[rng.integers(len(tasks))], rng.choice(cfg.slips)
     env, words = DeviceEnv(phone, tasks, horizon=20), [t.query or t.site for t in tasks]
     seen, _ = env.reset(seed=int(rng.integers(2**31)), options=dict(task=task))
@@ -263,8 +267,10 @@ def _seen(steps, image_encoder): # the features of all distinct screens, and the
     shown, side = list(dict.fromkeys(s.picture for s in steps)), image_encoder.tower.config.image_size
     def features(some): return image_encoder.compute([Image.frombytes("RGB", (side, side), p) for p in some])
     row = {p: i for i, p in enumerate(shown)}
-    return np.concatenate([features(shown[i:i + 128]) for i in range(0, len(shown), 128)]), [row[s.picture] for s in steps]
+    found = [features(shown[i:i + 128]) for i in range(0, len(shown), 128)]
+    return np.concatenate(found), [row[s.picture] for s in steps]
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-029j
 def _evened(kinds): # a probability for each, such that each kind has the square root of its frequency
     often = Counter(kinds)
     p = np.array([often[k]**-.5 for k in kinds])
@@ -326,7 +332,8 @@ def untrained_policy(
         num_layers=cfg.layers, num_decoder_layers=cfg.layers, image_dim=image_encoder.dim)
     tokens = dict(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    policy = Policy(AutoUI(AutoUIConfig(**size, **tokens, dropout_rate=0., tie_word_embeddings=False)), tokenizer, image_encoder)
+    model = AutoUI(AutoUIConfig(**size, **tokens, dropout_rate=0., tie_word_embeddings=False))
+    policy = Policy(model, tokenizer, image_encoder)
     policy.model.lm_head.weight.data.normal_(std=cfg.width**-.5) # T5 starts its untied head far too sure
     policy.model.generation_config.max_new_tokens = policy.max_new_tokens = 40 # its tokens are long
     return policy
@@ -338,8 +345,9 @@ def make_base_policy(
     seed:int=0 # of everything
 ) -> tuple[Policy, list[float]]: # the agent and its losses
     "A weak Auto-UI from training tasks alone"
-    draw = Lessons(demonstrate(T.load("webshop", "train"), cfg, image_encoder.tower.config.image_size, seed), image_encoder, cfg)
-    policy, rng, losses = untrained_policy(image_encoder, cfg, seed), np.random.default_rng(derive_seed(seed, "base policy")), []
+    steps = demonstrate(T.load("webshop", "train"), cfg, image_encoder.tower.config.image_size, seed)
+    draw, policy = Lessons(steps, image_encoder, cfg), untrained_policy(image_encoder, cfg, seed)
+    rng, losses = np.random.default_rng(derive_seed(seed, "base policy")), []
     optimizers = matrix_optimizers(policy.model, cfg.lr, cfg.matrix_lr, layers=".block.")
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, cfg.steps, .05)) for o in optimizers]
     policy.model.train()
@@ -361,7 +369,8 @@ def plot_losses(
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 2.4))[1]
     ax.plot(np.convolve(losses, np.ones(20)/20, "valid"), color="#0072B2")
-    ax.set_xlabel("minibatch"); ax.set_ylabel("−log π(a|s)"); ax.set_yscale("log"); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="minibatch", ylabel="−log π(a|s)", yscale="log")
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-033

@@ -73,9 +73,11 @@ def tokenizer_texts(
     questions = [question(a, about) for a in _asked_about(grid) for about in ("effect", "name")]
     points = zip(grid * len(questions), grid[::-1] * len(questions))
     located = [prompt(q, f"{y} {x}") for q, (y, x) in zip(questions, points)]
-    named = [text for n in names for text in (prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No"))]
+    def about(n): return prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No")
+    named = [text for n in names for text in about(n)]
     return located + named * 10 + [t.goal for t in T.load("webshop", "train")]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-011b
 def _asked_about(grid): # actions of every kind, with every coordinate
     taps = [A.tap(float(y), float(x)) for y in grid for x in (y, "0.50")]
     down = [A.swipe(float(y), .5, 1 - float(y), .5) for y in grid[:40]]
@@ -102,7 +104,8 @@ def build_vlm(
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-013a
 def _vision(config):
-    return CLIPVisionConfig(hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=4 * config.width,
+    return CLIPVisionConfig(
+        hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=4 * config.width,
         num_hidden_layers=config.vision_layers, image_size=config.side, patch_size=config.patch, hidden_act="gelu")
 
 def _language(config, tok):
@@ -219,6 +222,7 @@ def _point(elements, rng):
     y0, x0, y1, x1 = elements[rng.integers(len(elements))][1]
     return np.array([y0, x0]) + rng.uniform(.1, .9, 2) * [y1 - y0, x1 - x0]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-030c
 def _distinct(elements, rng):
     "A name, all equally likely however many elements have it, and where the first element of that name is."
     names = sorted({n for n, _ in elements})
@@ -226,6 +230,7 @@ def _distinct(elements, rng):
     y0, x0, y1, x1 = min(box for n, box in elements if n == name)
     return name, f"{(y0 + y1) / 2:.2f} {(x0 + x1) / 2:.2f}"
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-030d
 def _rarest_first(elements, rng):
     "The elements, thinned so that thirty keys do not drown one button."
     by_name = {}
@@ -243,7 +248,8 @@ def quiz(
     elements, page = screens.elements[i], screens.pages[i]
     one_each = _rarest_first(elements, rng)
     touch, *points = [np.round(_point(one_each, rng), 4) for _ in range(4)]
-    asked = [("mark", question(A.tap(*touch), "name"), name_at(elements, *touch)), ("page", "Which page is this?", page)]
+    asked = [("mark", question(A.tap(*touch), "name"), name_at(elements, *touch))]
+    asked += [("page", "Which page is this?", page)]
     asked += [("at", f"What is at ({y:.2f}, {x:.2f})?", name_at(elements, y, x)) for y, x in points]
     places = [_distinct(elements, rng) for _ in range(2)] if elements else []
     asked += [("where", f"Where is the {name}?", at) for name, at in places]
@@ -260,7 +266,8 @@ def matrix_optimizers(
     weight_decay:float=0.01,
 ) -> tuple: # Muon and AdamW; step both
     "Optimizers for a small transformer that is trained from nothing."
-    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and layers in n and "relative" not in n]
+    def is_matrix(name, p): return p.requires_grad and p.ndim == 2 and layers in name and "relative" not in name
+    matrices = [p for n, p in model.named_parameters() if is_matrix(n, p)]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return (torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
@@ -368,7 +375,8 @@ def learn_to_see(
     rng, losses = np.random.default_rng(derive_seed(seed, "sight")), []
     optimizers, schedules = _optimizers(both, config, config.sight_steps)
     for _ in progress(range(config.sight_steps), desc="learn to see"):
-        shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in rng.choice(len(screens), config.sight_batch)]
+        drawn = rng.choice(len(screens), config.sight_batch)
+        shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in drawn]
         targets = [sight_targets(e, names, side) for _, e in shown]
         loss = both[1].loss(patch_states(vlm, [p for p, _ in shown]), targets)
         for o in optimizers: o.zero_grad()
@@ -397,6 +405,7 @@ def pointing_accuracy(
                 right.setdefault(name, []).append(_lies_on(elements, name, y, x))
     return {name: float(np.mean(r)) for name, r in sorted(right.items())}
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-033q
 def _place(patch, offset, side): # (y, x) on the screen, 0..1
     return ((int(v) + .5 + float(d)) / side for v, d in zip(divmod(patch, side), offset))
 

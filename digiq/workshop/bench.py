@@ -49,7 +49,8 @@ def phone_speed(
     seed:int=0 # of the episodes
 ) -> dict: # steps_per_second, with a picture every step; forks_per_second
     "Steps a second of one phone on one core"
-    rng, phone, tasks, busy = np.random.default_rng(derive_seed("bench", seed)), SimPhone(scale=scale), T.load("webshop", "train"), 0.
+    rng, busy = np.random.default_rng(derive_seed("bench", seed)), 0.
+    phone, tasks = SimPhone(scale=scale), T.load("webshop", "train")
     for i in range(steps):
         task = tasks[i//20 % len(tasks)]
         if i % 20 == 0: phone.reset(task, derive_seed("bench", seed, i))
@@ -198,7 +199,8 @@ def _slow_phones(phones, dying, seconds, seed): # some of them die within so man
     deaths = {int(i): begin + rng.uniform(0, seconds) for i in rng.permutation(phones)[:round(dying * phones)]}
     return [SlowPhone(i, deaths.get(i, math.inf)) for i in range(phones)]
 
-def _tally(fleet, found, episodes): # how many episodes were finished, lost, recorded twice, begun anew; phones left; states in a batch of the policy
+# %% ../../nbs/workshop/83_bench.ipynb #66-015e
+def _tally(fleet, found, episodes): # episodes, phones left, and states in a batch of the policy
     sizes, distinct = fleet.batcher.sizes, len(set(found))
     return dict(finished=len(found), lost=episodes - distinct, twice=len(found) - distinct,
         anew=sum(fleet.tries.values()) - episodes, left=sum(w.state != "retired" for w in fleet.workers),

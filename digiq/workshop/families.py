@@ -7,8 +7,8 @@ __all__ = ['QWEN', 'SIZE', 'IDEFICS', 'QwenPictures', 'random_vlm']
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-002
 from tokenizers import AddedToken
-from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor, PreTrainedTokenizerFast,
-    Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor)
+from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor,
+    PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor)
 
 from ..core import ConfigError, seed_all
 from ..vlm.representation import VLM
@@ -16,8 +16,9 @@ from .base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts, train_tokenizer
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-007
 def _tokenizer(image, *special):
-    tok = train_tokenizer(tokenizer_texts(["search bar"]), 1000)
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, pad_token="<pad>", extra_special_tokens={"image_token": image})
+    words = train_tokenizer(tokenizer_texts(["search bar"]), 1000).backend_tokenizer
+    extra = {"image_token": image}
+    tok = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", extra_special_tokens=extra)
     tok.add_tokens([AddedToken(t, special=True, normalized=False) for t in (image, *special)])
     return tok
 
@@ -35,7 +36,8 @@ class QwenPictures(Qwen2VLProcessor):
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) # of a language model
 
 def _qwen():
-    tok = _tokenizer("<|image_pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+    marks = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
+    tok = _tokenizer("<|image_pad|>", *marks)
     number = tok.convert_tokens_to_ids
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 112**2})
     positions = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]) # in time, down and across
@@ -43,7 +45,8 @@ def _qwen():
         pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=None)
     tokens = dict(image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
         vision_start_token_id=number("<|vision_start|>"), vision_end_token_id=number("<|vision_end|>"))
-    cfg = Qwen2VLConfig(text_config=text, vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2), **tokens)
+    vision = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2)
+    cfg = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
     return Qwen2VLForConditionalGeneration(cfg), QwenPictures(pictures, tok, None, chat_template=QWEN)
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-009
@@ -56,11 +59,14 @@ def _idefics():
     tok = _tokenizer("<image>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>")
     edge = {"longest_edge": 64}
     pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
-    text = dict(**SIZE, model_type="llama", vocab_size=len(tok), pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=None)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8)
-    image_token = tok.convert_tokens_to_ids("<image>")
-    cfg = Idefics3Config(text_config=text, vision_config=vision, image_token_id=image_token, scale_factor=2, pad_token_id=tok.pad_token_id)
-    return Idefics3ForConditionalGeneration(cfg), Idefics3Processor(pictures, tok, image_seq_len=16, chat_template=IDEFICS)
+    special = dict(pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=None)
+    text = dict(**SIZE, **special, model_type="llama", vocab_size=len(tok))
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=64, patch_size=8)
+    cfg = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2,
+        image_token_id=tok.convert_tokens_to_ids("<image>"), pad_token_id=tok.pad_token_id)
+    processor = Idefics3Processor(pictures, tok, image_seq_len=16, chat_template=IDEFICS)
+    return Idefics3ForConditionalGeneration(cfg), processor
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-010
 def random_vlm(
@@ -69,8 +75,8 @@ def random_vlm(
 ) -> VLM: # untrained, a few hundred thousand weights
     "A small model of a family. Raises `ConfigError` where the family is unknown."
     makers = dict(qwen=_qwen, idefics=_idefics)
-    if family == "llava":
-        return build_vlm(BaseVLMConfig(width=64, vision_layers=2, language_layers=2), tokenizer_texts(["search bar"]), seed)
+    small = BaseVLMConfig(width=64, vision_layers=2, language_layers=2)
+    if family == "llava": return build_vlm(small, tokenizer_texts(["search bar"]), seed)
     if family not in makers: raise ConfigError(f"there is no family {family!r}: choose llava, {', '.join(makers)}")
     seed_all(seed, "random_vlm")
     model, processor = makers[family]()
