@@ -55,13 +55,14 @@ def train_tokenizer(
     vocabulary:int, # tokens at most
 ) -> PreTrainedTokenizerFast:
     "A byte-level BPE with an `<image>` token."
-    tok = Tokenizer(models.BPE())
+    byte_level, tok = pre_tokenizers.ByteLevel, Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r" ?\d\.\d\d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]|\s+"), "isolated")
-    tok.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(),
+        special_tokens=[*special.values(), "<image>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **special, extra_special_tokens={"image_token": "<image>"})
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-011
 def tokenizer_texts(
@@ -69,12 +70,20 @@ def tokenizer_texts(
 ) -> list[str]:
     "What the tokenizer shall be good at."
     grid = [f"{i / 100:.2f}" for i in range(101)]
+    questions = [question(a, about) for a in _asked_about(grid) for about in ("effect", "name")]
+    points = zip(grid * len(questions), grid[::-1] * len(questions))
+    located = [prompt(q, f"{y} {x}") for q, (y, x) in zip(questions, points)]
+    def about(n): return prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No")
+    named = [text for n in names for text in about(n)]
+    return located + named * 10 + [t.goal for t in T.load("webshop", "train")]
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-011b
+def _asked_about(grid): # actions of every kind, with every coordinate
     taps = [A.tap(float(y), float(x)) for y in grid for x in (y, "0.50")]
-    swipes = [A.swipe(float(y), .5, 1 - float(y), .5) for y in grid[:40]] + [A.swipe(.5, float(x), .5, 1 - float(x)) for x in grid[:40]]
+    down = [A.swipe(float(y), .5, 1 - float(y), .5) for y in grid[:40]]
+    across = [A.swipe(.5, float(x), .5, 1 - float(x)) for x in grid[:40]]
     others = [A.press(k) for k in ("back", "home", "enter")] + [A.complete(), A.impossible(), A.type_text("")]
-    questions = [question(a, about) for a in taps + swipes + others * 20 for about in ("effect", "name")]
-    asked = [text for n in names for text in (prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No"))]
-    return [prompt(q, f"{y} {x}") for q, y, x in zip(questions, grid * len(questions), grid[::-1] * len(questions))] + asked * 10 + [t.goal for t in T.load("webshop", "train")]
+    return taps + down + across + others * 20
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-013
 def build_vlm(
@@ -85,15 +94,25 @@ def build_vlm(
     "A LLaVA of the given size."
     tok, size = train_tokenizer(texts, config.vocabulary), {"height": config.side, "width": config.side}
     images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
-    processor = LlavaProcessor(image_processor=images, tokenizer=tok, patch_size=config.patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    shape = dict(hidden_size=config.width, num_attention_heads=config.heads)
-    vision = CLIPVisionConfig(**shape, intermediate_size=4 * config.width, num_hidden_layers=config.vision_layers, image_size=config.side, patch_size=config.patch, hidden_act="gelu")
-    language = LlamaConfig(**shape, intermediate_size=3 * config.width, num_hidden_layers=config.language_layers, vocab_size=len(tok), max_position_embeddings=2048,
-        tie_word_embeddings=True, initializer_range=.05, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    processor = LlavaProcessor(image_processor=images, tokenizer=tok, patch_size=config.patch,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    parts = dict(vision_config=_vision(config), text_config=_language(config, tok), tie_word_embeddings=True)
     torch.manual_seed(derive_seed(seed, "build_vlm"))
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=language, image_token_index=processor.image_token_id,
-        image_seq_length=(config.side // config.patch) ** 2, vision_feature_layer=-1, tie_word_embeddings=True))
+    model = LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=processor.image_token_id,
+        image_seq_length=(config.side // config.patch) ** 2, vision_feature_layer=-1))
     return VLM(model.eval(), processor, config.side)
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-013a
+def _vision(config):
+    return CLIPVisionConfig(
+        hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=4 * config.width,
+        num_hidden_layers=config.vision_layers, image_size=config.side, patch_size=config.patch, hidden_act="gelu")
+
+def _language(config, tok):
+    return LlamaConfig(hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=3 * config.width,
+        num_hidden_layers=config.language_layers, vocab_size=len(tok), max_position_embeddings=2048,
+        tie_word_embeddings=True, initializer_range=.05,
+        pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-018
 @dataclass
@@ -115,8 +134,10 @@ def named(
     "Names and boxes of the elements that have a role."
     counted = [e for e in sorted(elements, key=lambda e: e.box[:2]) if e.role.endswith("result")]
     rank = {id(e): 1 + sum(o.role == e.role for o in counted[:i]) for i, e in enumerate(counted)}
-    return [(f"{e.role} {rank[id(e)]}" if id(e) in rank else e.role, e.box) for e in elements if e.role not in DECORATION]
+    def name(e): return f"{e.role} {rank[id(e)]}" if id(e) in rank else e.role
+    return [(name(e), e.box) for e in elements if e.role not in DECORATION]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-020a
 def name_at(
     elements:list[tuple], # (name, box), topmost first
     y:float, # 0..1
@@ -171,11 +192,13 @@ def gather(
     with progress(total=n, desc="gather screens") as bar:
         while len(screens) < n:
             before, rng = len(screens), np.random.default_rng(derive_seed(seed, "gather", episode))
-            _gather_episode(screens, tasks[rng.integers(len(tasks))], words, config, rng, episode, derive_seed("world", seed, episode))
+            task, world = tasks[rng.integers(len(tasks))], derive_seed("world", seed, episode)
+            _gather_episode(screens, task, words, config, rng, episode, world)
             bar.update(len(screens) - before)
             episode += 1
     return Screens(*[getattr(screens, f)[:n] for f in ("pictures", "pages", "elements", "episodes")])
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-026a
 def _gather_episode(screens, task, words, config, rng, episode, world):
     phone, slips, seen = SimPhone(seed=world), rng.choice(config.slips), set()
     phone.reset(task, int(rng.integers(2**31)))
@@ -188,7 +211,8 @@ def _gather_episode(screens, task, words, config, rng, episode, world):
             screens.pages.append(page_name(phone, {e.role for e in elements}))
             screens.episodes.append(episode)
         move = oracle(phone, task)
-        perform(phone, random_action(elements, rng, words) if rng.random() < slips or move == A.complete() else move)
+        slip = rng.random() < slips or move == A.complete()
+        perform(phone, random_action(elements, rng, words) if slip else move)
     phone.close()
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-030
@@ -198,20 +222,22 @@ def _point(elements, rng):
     y0, x0, y1, x1 = elements[rng.integers(len(elements))][1]
     return np.array([y0, x0]) + rng.uniform(.1, .9, 2) * [y1 - y0, x1 - x0]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-030c
 def _distinct(elements, rng):
-    "A name, each as likely, however many elements have it; the first element of that name."
+    "A name, all equally likely however many elements have it, and where the first element of that name is."
     names = sorted({n for n, _ in elements})
     name = names[rng.integers(len(names))]
     y0, x0, y1, x1 = min(box for n, box in elements if n == name)
     return name, f"{(y0 + y1) / 2:.2f} {(x0 + x1) / 2:.2f}"
 
-# %% ../../nbs/workshop/80_base_vlm.ipynb #45-031
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-030d
 def _rarest_first(elements, rng):
     "The elements, thinned so that thirty keys do not drown one button."
     by_name = {}
     for name, box in elements: by_name.setdefault(name, []).append((name, box))
     return [same[rng.integers(len(same))] for same in by_name.values()]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-031
 def quiz(
     screens:Screens,
     i:int, # which
@@ -219,12 +245,14 @@ def quiz(
     rng:np.random.Generator,
 ) -> tuple: # marked picture, kinds, questions, answers
     "Draw questions about a screen, and their answers."
-    elements = screens.elements[i]
+    elements, page = screens.elements[i], screens.pages[i]
     one_each = _rarest_first(elements, rng)
     touch, *points = [np.round(_point(one_each, rng), 4) for _ in range(4)]
-    asked = [("mark", question(A.tap(*touch), "name"), name_at(elements, *touch)), ("page", "Which page is this?", screens.pages[i])]
+    asked = [("mark", question(A.tap(*touch), "name"), name_at(elements, *touch))]
+    asked += [("page", "Which page is this?", page)]
     asked += [("at", f"What is at ({y:.2f}, {x:.2f})?", name_at(elements, y, x)) for y, x in points]
-    asked += [("where", f"Where is the {n}?", at) for n, at in (_distinct(elements, rng) for _ in range(2)) ] if elements else []
+    places = [_distinct(elements, rng) for _ in range(2)] if elements else []
+    asked += [("where", f"Where is the {name}?", at) for name, at in places]
     present, any_name = {n for n, _ in elements}, names[rng.integers(len(names))]
     asked += [("there", f"Is there a {any_name}?", "Yes" if any_name in present else "No")]
     return mark(Image.fromarray(screens.pictures[i]), A.tap(*touch)), *zip(*asked)
@@ -238,7 +266,8 @@ def matrix_optimizers(
     weight_decay:float=0.01,
 ) -> tuple: # Muon and AdamW; step both
     "Optimizers for a small transformer that is trained from nothing."
-    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and layers in n and "relative" not in n]
+    def is_matrix(name, p): return p.requires_grad and p.ndim == 2 and layers in name and "relative" not in name
+    matrices = [p for n, p in model.named_parameters() if is_matrix(n, p)]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return (torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
@@ -260,7 +289,7 @@ def sight_targets(
     elements:list[tuple], # (name, box), topmost first
     names:list[str], # of all elements there are
     side:int, # patches from top to bottom, and from left to right
-) -> tuple[np.ndarray, np.ndarray]: # name at each patch's centre, int64 [side*side], `len(names)` for none; rows of (patch, name, dy, dx) in patches
+) -> tuple: # name at each patch's centre, int64 [side*side], `len(names)` for none; rows of (patch, name, dy, dx) in patches
     "What each patch should say."
     y, x = (g.ravel() for g in np.meshgrid(*[(np.arange(side) + .5) / side] * 2, indexing="ij"))
     number, what = {n: i for i, n in enumerate(names)}, np.full(side * side, len(names), np.int64)
@@ -280,7 +309,8 @@ class Sight(nn.Module):
     ):
         super().__init__()
         self.names, n = names, len(names)
-        self.norm, self.what, self.centre, self.offset = nn.LayerNorm(width), nn.Linear(width, n + 1), nn.Linear(width, n), nn.Linear(width, 2 * n)
+        self.norm, self.what = nn.LayerNorm(width), nn.Linear(width, n + 1)
+        self.centre, self.offset = nn.Linear(width, n), nn.Linear(width, 2 * n)
         nn.init.constant_(self.centre.bias, -5.) # most patches are nothing's centre
 
     def forward(self,
@@ -317,12 +347,19 @@ def marked(
     y, x = np.round(_point(elements, rng), 4)
     return np.asarray(mark(Image.fromarray(picture), A.tap(y, x))), [*elements, ("mark", (y, x, y, x))]
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-033m
 def patch_states(
     vlm:VLM,
     pictures:list[np.ndarray], # uint8 [side, side, 3]
 ) -> torch.Tensor: # float [pictures, patches, width]
     "What the vision tower makes of pictures, as the language model and Auto-UI see it."
-    return vlm.model.model.vision_tower(pixel_values=vlm.pixels([Image.fromarray(p) for p in pictures])).last_hidden_state[:, 1:]
+    pixels = vlm.pixels([Image.fromarray(p) for p in pictures])
+    return vlm.model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-033o
+def _optimizers(model, config, steps): # and their schedules: a cosine down to a twentieth
+    optimizers = matrix_optimizers(model, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
+    return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, steps, .05)) for o in optimizers]
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-033h
 def learn_to_see(
@@ -336,11 +373,12 @@ def learn_to_see(
     torch.manual_seed(derive_seed(seed, "sight"))
     both = nn.ModuleList([vlm.model.model.vision_tower, Sight(config.width, names)])
     rng, losses = np.random.default_rng(derive_seed(seed, "sight")), []
-    optimizers = matrix_optimizers(both, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, config.sight_steps, .05)) for o in optimizers]
+    optimizers, schedules = _optimizers(both, config, config.sight_steps)
     for _ in progress(range(config.sight_steps), desc="learn to see"):
-        shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in rng.choice(len(screens), config.sight_batch)]
-        loss = both[1].loss(patch_states(vlm, [p for p, _ in shown]), [sight_targets(e, names, side) for _, e in shown])
+        drawn = rng.choice(len(screens), config.sight_batch)
+        shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in drawn]
+        targets = [sight_targets(e, names, side) for _, e in shown]
+        loss = both[1].loss(patch_states(vlm, [p for p, _ in shown]), targets)
         for o in optimizers: o.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), config.clip)
@@ -360,13 +398,19 @@ def pointing_accuracy(
     side, right = round(patch_states(vlm, screens.pictures[:1]).shape[1] ** .5), {}
     for start in range(0, len(screens), batch):
         _, centre, offset = sight(patch_states(vlm, screens.pictures[start:start + batch]))
-        best = centre.argmax(1)
-        for elements, patches, off in zip(screens.elements[start:start + batch], best, offset):
+        for elements, patches, off in zip(screens.elements[start:start + batch], centre.argmax(1), offset):
             for name in {n for n, _ in elements} & set(sight.names):
                 k = sight.names.index(name)
-                y, x = ((int(v) + .5 + float(d)) / side for v, d in zip(divmod(int(patches[k]), side), off[patches[k], k]))
-                right.setdefault(name, []).append(any(n == name and y0 <= y <= y1 and x0 <= x <= x1 for n, (y0, x0, y1, x1) in elements))
+                y, x = _place(int(patches[k]), off[patches[k], k], side)
+                right.setdefault(name, []).append(_lies_on(elements, name, y, x))
     return {name: float(np.mean(r)) for name, r in sorted(right.items())}
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-033q
+def _place(patch, offset, side): # (y, x) on the screen, 0..1
+    return ((int(v) + .5 + float(d)) / side for v, d in zip(divmod(patch, side), offset))
+
+def _lies_on(elements, name, y, x):
+    return any(n == name and y0 <= y <= y1 and x0 <= x <= x1 for n, (y0, x0, y1, x1) in elements)
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-037
 def pretrain(
@@ -379,8 +423,7 @@ def pretrain(
     vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages))), seed)
     sight, _ = learn_to_see(vlm, screens, config, seed)
     vlm.model.model.vision_tower.requires_grad_(False)
-    optimizers = matrix_optimizers(vlm.model, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, config.steps, .05)) for o in optimizers]
+    optimizers, schedules = _optimizers(vlm.model, config, config.steps)
     rng, losses = np.random.default_rng(derive_seed(seed, "pretrain")), []
     torch.manual_seed(derive_seed(seed, "pretrain"))
     vlm.model.train()
@@ -415,6 +458,7 @@ def quiz_accuracy(
             right.setdefault(kind, []).append(said == answer or kind == "where" and _near(vlm, said, answer))
     return {kind: float(np.mean(r)) for kind, r in right.items()}
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-040a
 def _near(vlm, said, answer):
     try: a, b = (np.array([float(x) for x in vlm.processor.decode(t).split()]) for t in (said, answer))
     except ValueError: return False
