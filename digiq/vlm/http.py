@@ -35,6 +35,7 @@ class Passing(Exception):
         super().__init__(text)
         self.pause = pause
 
+# %% ../../nbs/vlm/25_http.ipynb #43c-005a
 class HTTPEmbedder:
     "f(s, a) by servers"
     def __init__(self,
@@ -48,8 +49,10 @@ class HTTPEmbedder:
         attempts:int=6, # before a request counts as failed
         longest_wait:float=30., # seconds between two attempts; the first waits are shorter
     ):
-        if not servers or not all(s.startswith(("http://", "https://")) for s in servers): raise ConfigError(f"servers are {servers!r}: give addresses such as http://127.0.0.1:8000")
-        self.servers, self.asker, self.model, self.token = [s.rstrip("/") for s in servers], Asker(path, config), model, token
+        if not servers or not all(s.startswith(("http://", "https://")) for s in servers):
+            raise ConfigError(f"servers are {servers!r}: give addresses such as http://127.0.0.1:8000")
+        self.servers, self.asker = [s.rstrip("/") for s in servers], Asker(path, config)
+        self.model, self.token = model, token
         self.clients, self.seconds, self.attempts, self.longest_wait = clients, seconds, attempts, longest_wait
 
 # %% ../../nbs/vlm/25_http.ipynb #43c-007
@@ -59,8 +62,10 @@ def message(
     model:str="", # name of the model; "" for the only one
 ) -> bytes: # JSON
     "The body of a request."
-    content = [dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{png}")), dict(type="text", text=question)]
-    return json.dumps(dict(messages=[dict(role="user", content=content)], encoding_format="base64", add_generation_prompt=False) | (dict(model=model) if model else {})).encode()
+    picture = dict(type="image_url", image_url=dict(url=f"data:image/png;base64,{png}"))
+    said = dict(role="user", content=[picture, dict(type="text", text=question)])
+    body = dict(messages=[said], encoding_format="base64", add_generation_prompt=False)
+    return json.dumps(body | (dict(model=model) if model else {})).encode()
 
 def _png(picture):
     out = io.BytesIO()
@@ -72,9 +77,11 @@ def _png(picture):
 def _post(self:HTTPEmbedder, server, body): # one attempt: float32 [d]
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
     try:
-        with urlopen(Request(f"{server}/v1/embeddings", body, headers), timeout=self.seconds) as answer: found = json.load(answer)
+        request = Request(f"{server}/v1/embeddings", body, headers)
+        with urlopen(request, timeout=self.seconds) as answer: found = json.load(answer)
         vector = found["data"][0]["embedding"] # some servers send a list all the same
-        vector = np.array(vector, np.float32) if isinstance(vector, list) else np.frombuffer(base64.b64decode(vector), np.float32)
+        if isinstance(vector, list): vector = np.array(vector, np.float32)
+        else: vector = np.frombuffer(base64.b64decode(vector), np.float32)
         if vector.ndim != 1 or not vector.size: raise ValueError(f"shape {list(vector.shape)}")
         return vector
     except HTTPError as e:
@@ -83,8 +90,10 @@ def _post(self:HTTPEmbedder, server, body): # one attempt: float32 [d]
         if e.code in (408, 425, 429) or e.code >= 500: raise Passing(why, pause(e.headers, said)) from None
         raise ConfigError(why) from None
     except (OSError, HTTPException) as e: raise Passing(f"{server} did not answer ({e})") from None
-    except (KeyError, IndexError, TypeError, ValueError) as e: raise Passing(f"{server} answered something else than an embedding ({type(e).__name__} {e})") from None
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        raise Passing(f"{server} answered something else than an embedding ({type(e).__name__} {e})") from None
 
+# %% ../../nbs/vlm/25_http.ipynb #43c-008c
 @patch
 def _ask(self:HTTPEmbedder, i, body): # with repetitions: float32 [d], or what went wrong in the end
     waits = wait_random_exponential(max=self.longest_wait, multiplier=self.longest_wait/60)
@@ -92,7 +101,8 @@ def _ask(self:HTTPEmbedder, i, body): # with repetitions: float32 [d], or what w
                         wait=lambda state: min(state.outcome.exception().pause, self.longest_wait) or waits(state))
     try:
         for attempt in patience:
-            with attempt: return self._post(self.servers[(i + attempt.retry_state.attempt_number - 1) % len(self.servers)], body)
+            turn = i + attempt.retry_state.attempt_number - 1
+            with attempt: return self._post(self.servers[turn % len(self.servers)], body)
     except (Passing, ConfigError) as e: return e
 
 # %% ../../nbs/vlm/25_http.ipynb #43c-008a
@@ -100,16 +110,20 @@ def check_lengths(
     vectors:list[np.ndarray], # float32 [d] each
 ):
     "Raise `ConfigError` where vectors are not of one width, or all of length 1."
-    if len(widths := {len(v) for v in vectors}) > 1: raise ConfigError(f"the servers' vectors have widths {', '.join(map(str, sorted(widths)))}: all servers must serve the same model")
+    if len(widths := {len(v) for v in vectors}) > 1:
+        widths = ", ".join(map(str, sorted(widths)))
+        raise ConfigError(f"the servers' vectors have widths {widths}: all servers must serve the same model")
     if vectors and all(abs(np.linalg.norm(v) - 1) < .01 for v in vectors):
-        raise ConfigError("the server normalises its vectors, which takes their lengths away: start vllm with --pooler-config '{\"pooling_type\": \"LAST\", \"use_activation\": false}'")
+        raise ConfigError("the server normalises its vectors, which takes their lengths away: start vllm "
+                          "with --pooler-config '{\"pooling_type\": \"LAST\", \"use_activation\": false}'")
 
 # %% ../../nbs/vlm/25_http.ipynb #43c-010
 @patch
 def embed(self:HTTPEmbedder,
     pairs:list[tuple[Image.Image, str]], # screen, action string
 ) -> np.ndarray: # float16 [len(pairs), width * len(questions)], in order
-    "Hidden states at the positions that predict the answers. Raises `EmbeddingError` naming pairs that are malformed, failed or not finite."
+    """Hidden states at the positions that predict the answers.
+    Raises `EmbeddingError` naming pairs that are malformed, failed or not finite."""
     prompts, places = self.asker(pairs)
     bodies = []
     for i, (_, same) in enumerate(groupby(prompts, key=lambda p: id(p[0]))):

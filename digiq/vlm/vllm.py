@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,7 +22,8 @@ from .hf import sheets
 from .representation import VLM, RepresentationConfig
 
 # %% ../../nbs/vlm/24_vllm.ipynb #43b-006
-TEMPLATE = "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}" # as `digiq.vlm.representation.prompt`
+# the same text as `digiq.vlm.representation.prompt`
+TEMPLATE = "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}"
 
 def renamed(
     key:str, # of a weight, as `transformers` saves it
@@ -36,15 +38,18 @@ def export(
 ):
     "Write a VLM again so that vLLM loads it. Raises `DataError` where there are no weights."
     path = Path(path)
-    if not list(path.glob("*.safetensors")): raise DataError(f"{path} holds no safetensors: give a directory that VLM.save wrote")
+    if not list(path.glob("*.safetensors")):
+        raise DataError(f"{path} holds no safetensors: give a directory that VLM.save wrote")
     with atomic(out) as p:
         p.mkdir()
         for f in path.iterdir():
             if f.suffix == ".safetensors":
-                with safe_open(f, "pt") as weights: save_file({renamed(k): weights.get_tensor(k) for k in weights.keys()}, p/f.name, {"format": "pt"})
+                with safe_open(f, "pt") as weights: tensors = {renamed(k): weights.get_tensor(k) for k in weights.keys()}
+                save_file(tensors, p/f.name, {"format": "pt"})
             elif f.name.endswith(".index.json"):
                 index = json.loads(f.read_text())
-                (p/f.name).write_text(json.dumps(index | {"weight_map": {renamed(k): v for k, v in index["weight_map"].items()}}))
+                weight_map = {renamed(k): v for k, v in index["weight_map"].items()}
+                (p/f.name).write_text(json.dumps(index | {"weight_map": weight_map}))
             elif f.is_file(): (p/f.name).write_bytes(f.read_bytes())
         (p/"vllm_chat_template.jinja").write_text(TEMPLATE)
 
@@ -55,55 +60,72 @@ class Asker:
         path:str|Path, # a model's directory
         config:RepresentationConfig, # `side`, `questions` and `layers`
     ):
-        if tuple(config.layers) != (-1,): raise ConfigError(f"representation.layers is {list(config.layers)}: vLLM's pooling gives the last layer, so choose [-1], or embed with transformers")
+        if tuple(config.layers) != (-1,):
+            raise ConfigError(f"representation.layers is {list(config.layers)}: vLLM's pooling gives the last layer, "
+                              "so choose [-1], or embed with transformers")
         processor = AutoProcessor.from_pretrained(path)
         self.config, self.vlm = config, VLM(None, processor, config.side)
-        if not self.vlm.packs: raise ConfigError(f"{path} is no LLaVA: embed other models with embedding.engine transformers")
+        if not self.vlm.packs:
+            raise ConfigError(f"{path} is no LLaVA: embed other models with embedding.engine transformers")
         self.image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self,
         pairs:list[tuple[Image.Image, str]], # screen, action string
-    ) -> tuple[list[tuple[Image.Image, str]], list[list[tuple[int, int]]]]: # picture and question of each prompt; places that its state fills
+    ) -> tuple[list[tuple[Image.Image, str]], list[list[tuple[int, int]]]]: # (picture, question) of each prompt; places its state fills
         "Distinct prompts, those on one picture next to each other."
-        found = [(s.picture, q, places) for s in sheets(pairs, self.config.side, self.config.questions) for q, places in s.places.items()]
+        asked = sheets(pairs, self.config.side, self.config.questions)
+        found = [(s.picture, q, places) for s in asked for q, places in s.places.items()]
         return [(picture, q) for picture, q, _ in found], [places for *_, places in found]
 
-    def tokens(self,
-        question:str,
-    ) -> list[int]: # with one token for the picture
-        "A prompt in tokens."
-        head = self.vlm.head
-        return [t for i, t in enumerate(head) if not (i and t == head[i - 1] == self.image)] + self.vlm.tail(question)
+# %% ../../nbs/vlm/24_vllm.ipynb #43b-010a
+@patch
+def tokens(self:Asker,
+    question:str,
+) -> list[int]: # with one token for the picture
+    "A prompt in tokens."
+    head = self.vlm.head
+    return [t for i, t in enumerate(head) if not (i and t == head[i - 1] == self.image)] + self.vlm.tail(question)
 
-    def gather(self,
-        states:np.ndarray, # float [prompts, d]
-        places:list[list[tuple[int, int]]], # of each prompt
-        n:int, # pairs
-    ) -> np.ndarray: # float16 [n, d * questions]
-        "States of prompts as vectors of pairs. Raises `EmbeddingError` naming pairs that are not finite."
-        f = np.full((n, len(self.config.questions), states.shape[1]), np.nan, np.float32)
-        for state, some in zip(states, places): f[tuple(zip(*some))] = state
-        return finite(f.reshape(n, -1))
+# %% ../../nbs/vlm/24_vllm.ipynb #43b-010c
+@patch
+def gather(self:Asker,
+    states:np.ndarray, # float [prompts, d]
+    places:list[list[tuple[int, int]]], # of each prompt
+    n:int, # pairs
+) -> np.ndarray: # float16 [n, d * questions]
+    "States of prompts as vectors of pairs. Raises `EmbeddingError` naming pairs that are not finite."
+    f = np.full((n, len(self.config.questions), states.shape[1]), np.nan, np.float32)
+    for state, some in zip(states, places): f[tuple(zip(*some))] = state
+    return finite(f.reshape(n, -1))
 
 # %% ../../nbs/vlm/24_vllm.ipynb #43b-014
 class VLLMEmbedder:
     "f(s, a) by vLLM in this process"
     def __init__(self,
         path:str|Path, # directory that `export` wrote
-        config:RepresentationConfig=RepresentationConfig(), # `side`, `questions` and `embed_dtype`; "auto" is what vLLM means by it
+        config:RepresentationConfig=RepresentationConfig(), # `side`, `questions` and `embed_dtype`; "auto" as vLLM means it
         **engine, # further options of `vllm.LLM`, e.g. `tensor_parallel_size`
     ):
         try: from vllm import LLM
-        except ImportError: raise DigiqError("vLLM is not installed here: pip install 'digiq[vllm]' on a machine with a GPU, or tools/vllm_env.sh FOLDER on one without, and run there") from None
+        except ImportError:
+            raise DigiqError("vLLM is not installed here: pip install 'digiq[vllm]' on a machine with a GPU, "
+                             "or tools/vllm_env.sh FOLDER on one without, and run there") from None
         from vllm.config import PoolerConfig
         self.asker = Asker(path, config)
-        self.llm = LLM(str(path), runner="pooling", convert="embed", dtype=config.embed_dtype, max_model_len=len(self.asker.vlm.head) + 256, limit_mm_per_prompt={"image": 1},
-            pooler_config=PoolerConfig(pooling_type="LAST", use_activation=False), enable_prefix_caching=True, **engine)
+        pooler = PoolerConfig(pooling_type="LAST", use_activation=False)
+        self.llm = LLM(str(path), runner="pooling", convert="embed", dtype=config.embed_dtype,
+            max_model_len=len(self.asker.vlm.head) + 256, limit_mm_per_prompt={"image": 1},
+            pooler_config=pooler, enable_prefix_caching=True, **engine)
 
-    def embed(self,
-        pairs:list[tuple[Image.Image, str]], # screen, action string
-    ) -> np.ndarray: # float16 [len(pairs), width * len(questions)], in order
-        "Hidden states at the positions that predict the answers. Raises `EmbeddingError` naming pairs that are malformed or not finite."
-        prompts, places = self.asker(pairs)
-        asked = [dict(prompt_token_ids=self.asker.tokens(q), multi_modal_data=dict(image=picture)) for picture, q in prompts]
-        return self.asker.gather(np.array([o.outputs.embedding for o in self.llm.embed(asked, use_tqdm=False)], np.float32), places, len(pairs))
+# %% ../../nbs/vlm/24_vllm.ipynb #43b-014a
+@patch
+def embed(self:VLLMEmbedder,
+    pairs:list[tuple[Image.Image, str]], # screen, action string
+) -> np.ndarray: # float16 [len(pairs), width * len(questions)], in order
+    """Hidden states at the positions that predict the answers.
+    Raises `EmbeddingError` naming pairs that are malformed or not finite."""
+    prompts, places = self.asker(pairs)
+    prompted = lambda picture, q: dict(prompt_token_ids=self.asker.tokens(q), multi_modal_data=dict(image=picture))
+    answers = self.llm.embed([prompted(*p) for p in prompts], use_tqdm=False)
+    states = np.array([o.outputs.embedding for o in answers], np.float32)
+    return self.asker.gather(states, places, len(pairs))
