@@ -28,40 +28,48 @@ class Episode:
     @property
     def world(self): return make_world(self.world_seed)
 
-    def draw(self,
-        *parts:str|int, # what is decided
-    ) -> float: # uniform in [0, 1), the same throughout the episode
-        "A draw that stands."
-        return chance(self.seed, *parts)
+# %% ../../nbs/phone/32_apps.ipynb #32-002
+@patch
+def draw(self:Episode,
+    *parts:str|int, # what is decided
+) -> float: # uniform in [0, 1), the same throughout the episode
+    "A draw that stands."
+    return chance(self.seed, *parts)
 
-    def stands(self,
-        rate:str,       # field of `Dynamics`
-        *parts:str|int, # what is decided
-    ) -> bool: # whether it is so in this episode
-        "Whether something of the rate `rate` is the case throughout the episode."
-        return self.draw(rate, *parts) < getattr(self.dynamics, rate)
+@patch
+def stands(self:Episode,
+    rate:str,       # field of `Dynamics`
+    *parts:str|int, # what is decided
+) -> bool: # whether it is so in this episode
+    "Whether something of the rate `rate` is the case throughout the episode."
+    return self.draw(rate, *parts) < getattr(self.dynamics, rate)
 
-    def accident(self,
-        rate:str,       # field of `Dynamics`
-        *parts:str|int, # which occasion, e.g. the number of the page
-    ) -> bool: # whether it happens
-        "Whether something of the rate `rate` happens on this occasion."
-        return self.luck is not None and chance(self.luck, rate, *parts) < getattr(self.dynamics, rate)
+# %% ../../nbs/phone/32_apps.ipynb #32-005
+@patch
+def accident(self:Episode,
+    rate:str,       # field of `Dynamics`
+    *parts:str|int, # which occasion, e.g. the number of the page
+) -> bool: # whether it happens
+    "Whether something of the rate `rate` happens on this occasion."
+    return self.luck is not None and chance(self.luck, rate, *parts) < getattr(self.dynamics, rate)
 
-    def shift(self,
-        options,  # the first is what holds without drift
-        what:str, # a size, an offset, a colour
-    ): # one of the options
-        "A detail that drifts from episode to episode."
-        return draw(options, self.seed, "shift", what) if self.stands("drift", what) else options[0]
+# %% ../../nbs/phone/32_apps.ipynb #32-008
+@patch
+def shift(self:Episode,
+    options,  # the first is what holds without drift
+    what:str, # a size, an offset, a colour
+): # one of the options
+    "A detail that drifts from episode to episode."
+    return draw(options, self.seed, "shift", what) if self.stands("drift", what) else options[0]
 
-    def order(self,
-        options,        # sequence
-        rate:str,       # field of `Dynamics`
-        *parts:str|int, # what is ordered
-    ) -> list: # the options, in an order that stands
-        "The options in the episode's own order, or as they are where `rate` does not strike."
-        return shuffled(options, self.seed, "order", *parts) if self.stands(rate, *parts) else list(options)
+@patch
+def order(self:Episode,
+    options,        # sequence
+    rate:str,       # field of `Dynamics`
+    *parts:str|int, # what is ordered
+) -> list: # the options, in an order that stands
+    "The options in the episode's own order, or as they are where `rate` does not strike."
+    return shuffled(options, self.seed, "order", *parts) if self.stands(rate, *parts) else list(options)
 
 # %% ../../nbs/phone/32_apps.ipynb #11a-009
 class App:
@@ -107,12 +115,14 @@ def typed(self:App,
     if not field: return state
     return {**state, "fields": {**state["fields"], field: state["fields"].get(field, "") + text}}
 
+# %% ../../nbs/phone/32_apps.ipynb #32-014
 @patch
 def on_key(self:App, state, ep, key):
     field = state.get("focus")
     if key != "\b" or not field: return self.typed(state, key)
     return {**state, "fields": {**state["fields"], field: state["fields"][field][:-1]}}
 
+# %% ../../nbs/phone/32_apps.ipynb #32-017
 @patch
 def on_focus(self:App, state, ep, field): return {**state, "focus": field}
 
@@ -136,26 +146,40 @@ def app(
     return register
 
 # %% ../../nbs/phone/32_apps.ipynb #11a-015
-ICONS = {"browser": ("Browser", "globe", "#1a73e8"), "calendar": ("Calendar", "calendar", "#3b7ded"), "camera": ("Camera", "camera", "#5f6368"),
-         "clock": ("Clock", "clock", "#3c4a87"), "contacts": ("Contacts", "user", "#1b8e5a"), "files": ("Files", "folder", "#2f7de1"),
-         "mail": ("Mail", "mail", "#d0453b"), "maps": ("Maps", "map", "#2e9e5b"), "messages": ("Messages", "more", "#1d77d3"),
-         "music": ("Music", "music", "#e8711a"), "notes": ("Notes", "check", "#e3a41a"), "phone": ("Phone", "phone", "#1f9d55"),
-         "play": ("Videos", "play", "#d93025"), "settings": ("Settings", "gear", "#62676d"), "store": ("Store", "cart", "#0f9d8a"),
-         "weather": ("Weather", "sun", "#f0a020")} # name: label, glyph, colour
+ICONS = {  # name: label, glyph, colour
+    "browser": ("Browser", "globe", "#1a73e8"),
+    "calendar": ("Calendar", "calendar", "#3b7ded"),
+    "camera": ("Camera", "camera", "#5f6368"),
+    "clock": ("Clock", "clock", "#3c4a87"),
+    "contacts": ("Contacts", "user", "#1b8e5a"),
+    "files": ("Files", "folder", "#2f7de1"),
+    "mail": ("Mail", "mail", "#d0453b"),
+    "maps": ("Maps", "map", "#2e9e5b"),
+    "messages": ("Messages", "more", "#1d77d3"),
+    "music": ("Music", "music", "#e8711a"),
+    "notes": ("Notes", "check", "#e3a41a"),
+    "phone": ("Phone", "phone", "#1f9d55"),
+    "play": ("Videos", "play", "#d93025"),
+    "settings": ("Settings", "gear", "#62676d"),
+    "store": ("Store", "cart", "#0f9d8a"),
+    "weather": ("Weather", "sun", "#f0a020")}
 
+# %% ../../nbs/phone/32_apps.ipynb #32-019
 class NotSetUp(App):
     "What stands in for an app that is not there yet."
     def __init__(self, name): self.name = name
 
     def view(self, state, ep):
         label, glyph, color = ICONS[self.name]
-        return ui.screen(ui.spacer(560), ui.column(
-            ui.icon(glyph, 240, color), ui.text(label, 64, bold=True), ui.text("This app is not set up on this phone.", 40, ui.MUTED),
-            gap=40, align="center", width="fill"))
+        note = ui.text("This app is not set up on this phone.", 40, ui.MUTED)
+        words = ui.column(ui.icon(glyph, 240, color), ui.text(label, 64, bold=True), note, gap=40,
+                          align="center", width="fill")
+        return ui.screen(ui.spacer(560), words)
 
 @lru_cache(maxsize=64)
 def _not_set_up(name): return NotSetUp(name)
 
+# %% ../../nbs/phone/32_apps.ipynb #32-020
 def find_app(
     name:str, # of an app
 ) -> App: # the registered app, or `NotSetUp`
@@ -186,8 +210,10 @@ def launcher_icon(
 ) -> "ui.Node":
     "An icon that opens an app."
     label, glyph, tile = ICONS[name]
-    return ui.app_icon(label, glyph, tile, on=("launch", name), role="browser icon" if name == "browser" else "app icon", label_color=color)
+    role = "browser icon" if name == "browser" else "app icon"
+    return ui.app_icon(label, glyph, tile, on=("launch", name), role=role, label_color=color)
 
+# %% ../../nbs/phone/32_apps.ipynb #32-023
 def icon_grid(
     names,         # of apps
     columns:int=4, # in a row
@@ -196,7 +222,8 @@ def icon_grid(
     "Rows of icons over the whole width."
     rows = [names[i:i + columns] for i in range(0, len(names), columns)]
     cell = lambda name: ui.column(launcher_icon(name, color) if name else None, width="fill", align="center")
-    return ui.column(*[ui.row(*map(cell, row + [None] * (columns - len(row))), width="fill") for row in rows], gap=64, width="fill")
+    filled = [row + [None] * (columns - len(row)) for row in rows]
+    return ui.column(*[ui.row(*map(cell, row), width="fill") for row in filled], gap=64, width="fill")
 
 # %% ../../nbs/phone/32_apps.ipynb #11a-020
 @patch
@@ -206,22 +233,31 @@ def home(self:Launcher, state, ep):
     dock, rest = names[:DOCK - 1], names[DOCK - 1:]
     dock.insert(BROWSER_PLACE, "browser")
     page = rest[:8] if state["page"] == 0 else rest[8:]
-    dots = ui.row(*[ui.column(width=20, height=20, radius=10, bg="#ffffff" if i == state["page"] else "#7d8fb3") for i in (0, 1)], gap=16, width="wrap")
     wallpaper = ep.shift(("#27406b", "#3a3560", "#1f4d4f", "#4a3a2e", "#2d3340"), "wallpaper")
     return ui.screen(
-        ui.spacer(ep.shift((160, 120, 200, 240), "clock")),
-        ui.column(ui.text("9:41", 160, "#ffffff"), ui.text(ep.shift(("Tue, 14 May", "Fri, 3 Nov", "Sun, 22 Feb", "Wed, 9 Jul"), "date"), 48, "#ffffff"),
-                  width="fill", pad=(0, 72), gap=8),
-        ui.spacer("fill"), icon_grid(page, color="#ffffff"), ui.spacer(88),
-        ui.column(dots, width="fill", align="center"), ui.spacer(56),
+        ui.spacer(ep.shift((160, 120, 200, 240), "clock")), _clock(ep),
+        ui.spacer("fill"), icon_grid(page, color="#ffffff"), ui.spacer(88), _dots(state["page"]), ui.spacer(56),
         icon_grid(dock, DOCK, "#ffffff"), ui.spacer(ep.shift((88, 72, 104), "dock")), bg=wallpaper)
 
+# %% ../../nbs/phone/32_apps.ipynb #32-025
+def _clock(ep):
+    date = ep.shift(("Tue, 14 May", "Fri, 3 Nov", "Sun, 22 Feb", "Wed, 9 Jul"), "date")
+    return ui.column(ui.text("9:41", 160, "#ffffff"), ui.text(date, 48, "#ffffff"), width="fill", pad=(0, 72), gap=8)
+
+def _dots(page):
+    "Which of the two pages is on show."
+    colors = ["#ffffff" if i == page else "#7d8fb3" for i in (0, 1)]
+    dots = [ui.column(width=20, height=20, radius=10, bg=c) for c in colors]
+    return ui.column(ui.row(*dots, gap=16, width="wrap"), width="fill", align="center")
+
+# %% ../../nbs/phone/32_apps.ipynb #32-026
 @patch
 def drawer(self:Launcher, state):
     "Every app, by name."
     names = sorted(ICONS, key=lambda n: ICONS[n][0])
-    return ui.screen(ui.scroll(ui.column(ui.spacer(48), ui.text("All apps", 56, bold=True, pad=(0, 72)), ui.spacer(48), icon_grid(names), ui.spacer(80),
-                                         width="fill"), "drawer", state["scroll"].get("drawer", 0), bg=ui.PAPER))
+    title = ui.text("All apps", 56, bold=True, pad=(0, 72))
+    content = ui.column(ui.spacer(48), title, ui.spacer(48), icon_grid(names), ui.spacer(80), width="fill")
+    return ui.screen(ui.scroll(content, "drawer", state["scroll"].get("drawer", 0), bg=ui.PAPER))
 
 # %% ../../nbs/phone/32_apps.ipynb #11a-023
 def strip(
@@ -231,5 +267,6 @@ def strip(
     "Pictures side by side."
     width, height = (round(side * scale) for side in pictures[0].size)
     out = Image.new("RGB", (len(pictures) * (width + 8) - 8, height), "white")
-    for i, p in enumerate(pictures): out.paste(p.resize((width, height), Image.Resampling.LANCZOS), (i * (width + 8), 0))
+    for i, p in enumerate(pictures): out.paste(p.resize((width, height), Image.Resampling.LANCZOS),
+                                               (i * (width + 8), 0))
     return out.quantize(200)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HISTORY', 'OFFSITE', 'ARTICLES', 'SENTENCES', 'Browser', 'last_session', 'domain_of', 'address_bar',
-           'address_suggestions', 'address_editor', 'letter', 'new_tab_view', 'seek_view', 'link', 'article_view',
+           'address_suggestions', 'address_editor', 'letter', 'new_tab_view', 'link', 'seek_view', 'article_view',
            'store_view', 'loading_view', 'overview_view', 'menu_card']
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-003
@@ -23,8 +23,8 @@ class Browser(App):
     def start(self, ep, avoid):
         tab = [{"kind": "new tab"}]
         if ep.stands("session"): tab.append(last_session(ep, avoid))
-        state = {"tabs": [tab], "tab": 0, "visits": 0, "focus": None, "fields": {"address": "", "search": ""}, "settings": False, "menu": False,
-                 "overview": False, "consent": {}, "carts": {}}
+        state = {"tabs": [tab], "tab": 0, "visits": 0, "focus": None, "fields": {"address": "", "search": ""},
+                 "settings": False, "menu": False, "overview": False, "consent": {}, "carts": {}}
         return self.shown(state)
 
     def pages(self, state): return state["visits"]
@@ -40,7 +40,8 @@ class Browser(App):
         return self.with_tab(state, [*state["tabs"][state["tab"]][:-1], {**self.page(state), **changes}])
 
     def shown(self, state): # as a page comes on show: nothing focused, the search box holds its query
-        return {**state, "focus": None, "fields": {"address": "", "search": self.page(state).get("query", "")}, "settings": False, "menu": False, "overview": False}
+        fields = {"address": "", "search": self.page(state).get("query", "")}
+        return {**state, "focus": None, "fields": fields, "settings": False, "menu": False, "overview": False}
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-008
 def last_session(
@@ -50,8 +51,8 @@ def last_session(
     "The page on which the browser was left the last time."
     site = next(d for d in shuffled(ep.world["common"], ep.seed, "session site") if d != avoid)
     query = draw(queries("train"), ep.seed, "session query")
-    return draw(({"kind": "home", "site": site}, {"kind": "results", "site": site, "query": query, "sort": "Relevance", "number": 0},
-                 {"kind": "seek", "query": query}), ep.seed, "session page")
+    results = {"kind": "results", "site": site, "query": query, "sort": "Relevance", "number": 0}
+    return draw(({"kind": "home", "site": site}, results, {"kind": "seek", "query": query}), ep.seed, "session page")
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-011
 HISTORY = 20  # pages that a tab remembers
@@ -66,10 +67,12 @@ def opened(self:Browser,
     visit = state["visits"] + 1
     wait = 2 if ep.accident("wait_two", visit) else 1 if ep.accident("wait_one", visit) else 0
     if wait: page = {**page, "wait": wait}
-    if page["kind"] in SHOP_PAGES and ep.accident("invitation", visit): page = {**page, "popup": draw(("app", "letter"), ep.luck, "popup", visit)}
+    if page["kind"] in SHOP_PAGES and ep.accident("invitation", visit):
+        page = {**page, "popup": draw(("app", "letter"), ep.luck, "popup", visit)}
     pages = [*state["tabs"][state["tab"]], page][-HISTORY:]
     return self.shown(self.with_tab({**state, "visits": visit}, pages))
 
+# %% ../../nbs/phone/34_browser.ipynb #34-010
 @patch
 def waited(self:Browser, state): return self.with_page(state, wait=self.page(state)["wait"] - 1)
 
@@ -79,10 +82,11 @@ def scrolled(self:Browser, state, id, offset): return self.with_page(state, scro
 # %% ../../nbs/phone/34_browser.ipynb #11c-012
 @patch
 def back(self:Browser, state, ep):
-    "Closes the keyboard, else what covers the page, else the page; None where none is left. A question for consent is part of its page."
+    "Closes the keyboard, else what covers the page, else the page; None where none is left. A consent sheet is part of its page."
     pages = state["tabs"][state["tab"]]
     if state["focus"]: return self.shown(state)
-    if state["menu"] or state["overview"] or state["settings"]: return {**state, "menu": False, "overview": False, "settings": False}
+    if state["menu"] or state["overview"] or state["settings"]:
+        return {**state, "menu": False, "overview": False, "settings": False}
     if pages[-1].get("popup") and not self.busy(state): return self.with_page(state, popup="")
     if len(pages) > 1: return self.shown(self.with_tab(state, pages[:-1]))
 
@@ -95,6 +99,7 @@ def on_focus(self:Browser, state, ep, field):
 @patch
 def on_unfocus(self:Browser, state, ep): return self.shown(state)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-018
 @patch
 def on_submit(self:Browser, state, ep, field):
     text = normal(state["fields"][field])
@@ -103,6 +108,7 @@ def on_submit(self:Browser, state, ep, field):
     domain = address(ep.world_seed, text)
     return self.on_go(state, ep, domain) if domain else self.on_seek(state, ep, text)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-019
 @patch
 def on_go(self:Browser, state, ep, site): return self.opened(state, {"kind": "home", "site": site}, ep)
 
@@ -115,35 +121,42 @@ def on_article(self:Browser, state, ep, title): return self.opened(state, {"kind
 # %% ../../nbs/phone/34_browser.ipynb #11c-018
 @patch
 def on_find(self:Browser, state, ep, site, query):
-    return self.opened(state, {"kind": "results", "site": site, "query": normal(query), "sort": "Relevance", "number": 0}, ep)
-
-@patch
-def on_product(self:Browser, state, ep, rank, item):
-    page = self.page(state)
-    query = "" if rank is None else page["query"]
-    return self.opened(state, {"kind": "product", "site": page["site"], "query": query, "item": item, "rank": rank, "sponsored": False}, ep)
-
-@patch
-def on_ad(self:Browser, state, ep, item):
-    page = self.page(state)
-    return self.opened(state, {"kind": "product", "site": page["site"], "query": page["query"], "item": item, "rank": None, "sponsored": True}, ep)
-
-@patch
-def on_sort(self:Browser, state, ep, sort): return self.again(state, ep, sort=sort, number=0)
-
-@patch
-def on_turn(self:Browser, state, ep, number): return self.again(state, ep, number=number)
+    page = {"kind": "results", "site": site, "query": normal(query), "sort": "Relevance", "number": 0}
+    return self.opened(state, page, ep)
 
 @patch
 def again(self:Browser, state, ep, **changes): # the page on show with changes, as a new one
     page = {k: v for k, v in self.page(state).items() if k not in ("wait", "popup", "scroll")}
     return self.opened(state, {**page, **changes}, ep)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-022
+@patch
+def on_sort(self:Browser, state, ep, sort): return self.again(state, ep, sort=sort, number=0)
+
+@patch
+def on_turn(self:Browser, state, ep, number): return self.again(state, ep, number=number)
+
+# %% ../../nbs/phone/34_browser.ipynb #34-026
+@patch
+def on_product(self:Browser, state, ep, rank, item):
+    page = self.page(state)
+    query = "" if rank is None else page["query"]
+    shown = {"kind": "product", "site": page["site"], "query": query, "item": item, "rank": rank, "sponsored": False}
+    return self.opened(state, shown, ep)
+
+@patch
+def on_ad(self:Browser, state, ep, item):
+    page = self.page(state)
+    shown = {"kind": "product", "site": page["site"], "query": page["query"], "item": item,
+             "rank": None, "sponsored": True}
+    return self.opened(state, shown, ep)
+
 # %% ../../nbs/phone/34_browser.ipynb #11c-020
 @patch
 def to(self:Browser, state, ep, kind): # another page of the shop on show
     return self.opened(state, {"kind": kind, "site": self.page(state)["site"]}, ep)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-029
 @patch
 def on_home(self:Browser, state, ep): return self.to(state, ep, "home")
 
@@ -156,12 +169,15 @@ def on_categories(self:Browser, state, ep): return self.to(state, ep, "categorie
 @patch
 def on_buy(self:Browser, state, ep): return self.to(state, ep, "sign in")
 
+# %% ../../nbs/phone/34_browser.ipynb #34-032
 @patch
 def on_add(self:Browser, state, ep):
     page = self.page(state)
     line = {k: page[k] for k in ("site", "query", "item", "sponsored")}
-    return {**state, "carts": {**state["carts"], page["site"]: [*state["carts"].get(page["site"], []), line]}}
+    lines = state["carts"].get(page["site"], [])
+    return {**state, "carts": {**state["carts"], page["site"]: [*lines, line]}}
 
+# %% ../../nbs/phone/34_browser.ipynb #34-033
 @patch
 def on_remove(self:Browser, state, ep, i):
     site = self.page(state)["site"]
@@ -176,14 +192,17 @@ def on_consent(self:Browser, state, ep, choice):
 @patch
 def on_consent_settings(self:Browser, state, ep): return {**state, "settings": True}
 
+# %% ../../nbs/phone/34_browser.ipynb #34-036
 @patch
 def on_dismiss(self:Browser, state, ep): return self.with_page(state, popup="")
 
 @patch
 def on_lead_away(self:Browser, state, ep):
     page = self.page(state)
-    return self.opened(self.with_page(state, popup=""), {"kind": "store", "title": page["site"], "what": page["popup"]}, ep)
+    return self.opened(self.with_page(state, popup=""),
+                       {"kind": "store", "title": page["site"], "what": page["popup"]}, ep)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-039
 @patch
 def on_menu(self:Browser, state, ep): return {**self.shown(state), "menu": not state["menu"]}
 
@@ -192,9 +211,13 @@ def on_reload(self:Browser, state, ep):
     new = self.again(state, ep)
     return self.with_tab(new, [*state["tabs"][state["tab"]][:-1], self.page(new)])
 
+# %% ../../nbs/phone/34_browser.ipynb #34-040
 @patch
-def on_new_page(self:Browser, state, ep): return self.shown(self.with_tab(state, [*state["tabs"][state["tab"]], {"kind": "new tab"}][-HISTORY:]))
+def on_new_page(self:Browser, state, ep):
+    pages = [*state["tabs"][state["tab"]], {"kind": "new tab"}]
+    return self.shown(self.with_tab(state, pages[-HISTORY:]))
 
+# %% ../../nbs/phone/34_browser.ipynb #34-042
 @patch
 def on_tabs(self:Browser, state, ep): return {**self.shown(state), "overview": True}
 
@@ -202,8 +225,11 @@ def on_tabs(self:Browser, state, ep): return {**self.shown(state), "overview": T
 def on_switch(self:Browser, state, ep, tab): return self.shown({**state, "tab": tab})
 
 @patch
-def on_new_tab(self:Browser, state, ep): return self.shown({**state, "tabs": [*state["tabs"], [{"kind": "new tab"}]], "tab": len(state["tabs"])})
+def on_new_tab(self:Browser, state, ep):
+    tabs = [*state["tabs"], [{"kind": "new tab"}]]
+    return self.shown({**state, "tabs": tabs, "tab": len(tabs) - 1})
 
+# %% ../../nbs/phone/34_browser.ipynb #34-043
 @patch
 def on_close_tab(self:Browser, state, ep, tab):
     tabs = state["tabs"][:tab] + state["tabs"][tab + 1:] or [[{"kind": "new tab"}]]
@@ -218,19 +244,28 @@ def domain_of(
     "The domain of a page."
     return page.get("site") or OFFSITE.get(page["kind"], "")
 
+# %% ../../nbs/phone/34_browser.ipynb #34-047
 def address_bar(
     page:dict,  # on show
     tabs:int,   # how many there are
     ep:Episode, # the episode
 ) -> "ui.Node":
     "Home, address, tabs, menu."
-    domain = domain_of(page)
-    pill = ui.row(ui.icon("lock" if domain else "search", 40, ui.MUTED), ui.text(domain or "Search or type an address", 44, ui.INK if domain else ui.MUTED, width="fill"),
-                  on=("focus", "address"), role="address bar", id="address", width="fill", height=104, pad=(0, 36), gap=24, radius=52, bg=ui.SURFACE)
-    count = ui.column(ui.text(str(tabs), 36, bold=True), width=64, height=64, pad=(8, 0), align="center", border=(4, ui.INK), radius=12)
+    pill = _address_pill(domain_of(page))
+    count = ui.column(ui.text(str(tabs), 36, bold=True), width=64, height=64, pad=(8, 0), align="center",
+                      border=(4, ui.INK), radius=12)
     square = ui.column(count, width=104, height=104, pad=20, align="center", on=("tabs",), role="tab icon", desc="tabs")
-    return ui.row(ui.icon_button("home", ("new page",), role="home icon"), pill, square, ui.icon_button("more", ("menu",), role="menu icon"),
-                  width="fill", height=ep.shift((144, 136, 152), "bar"), pad=(0, 16), gap=4, bg=ui.PAPER)
+    home = ui.icon_button("home", ("new page",), role="home icon")
+    menu = ui.icon_button("more", ("menu",), role="menu icon")
+    return ui.row(home, pill, square, menu, width="fill", height=ep.shift((144, 136, 152), "bar"),
+                  pad=(0, 16), gap=4, bg=ui.PAPER)
+
+def _address_pill(domain):
+    "The domain with a lock, or the invitation to type one."
+    symbol = ui.icon("lock" if domain else "search", 40, ui.MUTED)
+    words = ui.text(domain or "Search or type an address", 44, ui.INK if domain else ui.MUTED, width="fill")
+    return ui.row(symbol, words, on=("focus", "address"), role="address bar", id="address", width="fill", height=104,
+                  pad=(0, 36), gap=24, radius=52, bg=ui.SURFACE)
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-027
 def address_suggestions(
@@ -240,32 +275,44 @@ def address_suggestions(
     "What the browser proposes: sites seen before, or what the text may stand for."
     text, common = normal(text), ep.world["common"]
     if not text:
-        seen, hot = shuffled(common, ep.seed, "seen")[:2], [draw(queries("train"), ep.seed, "hot", i) for i in range(2)]
+        seen = shuffled(common, ep.seed, "seen")[:2]
+        hot = [draw(queries("train"), ep.seed, "hot", i) for i in range(2)]
         return [("globe", d, ("go", d)) for d in seen] + [("search", q, ("seek", q)) for q in hot]
     exact = address(ep.world_seed, text)
     near = [d for d in common if len(text) > 1 and d.startswith(text) and d != exact][:2]
-    return [("globe", d, ("go", d)) for d in [exact] * bool(exact) + near] + [("search", t, ("seek", t)) for t in (text, f"{text} reviews", f"{text} near me")]
+    sites = [("globe", d, ("go", d)) for d in [exact] * bool(exact) + near]
+    return sites + [("search", t, ("seek", t)) for t in (text, f"{text} reviews", f"{text} near me")]
 
+# %% ../../nbs/phone/34_browser.ipynb #34-051
 def address_editor(
     state:dict, # of the browser
     ep:Episode, # the episode
 ) -> "ui.Node":
     "The address bar while it is edited."
     text = state["fields"]["address"]
-    row = lambda glyph, label, on: ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="suggestion", width="fill", pad=(36, 40), gap=36, bg=ui.PAPER)
-    field = ui.field(text, "Search or type an address", focused=True, on=("focus", "address"), clear=("clear", "address"), lead=None, role="address bar", width="fill")
-    return ui.column(ui.row(ui.icon_button("back", ("unfocus",), role="back button"), field, width="fill", pad=(12, 24), gap=12, bg=ui.PAPER), ui.divider(),
-                     *[row(*s) for s in address_suggestions(ep, text)], width="fill", height="fill")
+    field = ui.field(text, "Search or type an address", focused=True, on=("focus", "address"),
+                     clear=("clear", "address"), lead=None, role="address bar", width="fill")
+    back = ui.icon_button("back", ("unfocus",), role="back button")
+    bar = ui.row(back, field, width="fill", pad=(12, 24), gap=12, bg=ui.PAPER)
+    rows = [_suggestion(*s) for s in address_suggestions(ep, text)]
+    return ui.column(bar, ui.divider(), *rows, width="fill", height="fill")
+
+def _suggestion(glyph, label, on):
+    return ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="suggestion",
+                  width="fill", pad=(36, 40), gap=36, bg=ui.PAPER)
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-030
-ARTICLES = ("News", "Forum", "Recipes", "Sports")
-
 def letter(
     word:str,    # of which the first letter is shown
     size:int=56, # of the letter, px
 ) -> "ui.Node":
     "A coloured disc that stands for a site."
-    return ui.column(ui.text(word[0].upper(), size, "#ffffff", bold=True), width=2 * size, height=2 * size, radius=size, pad=(size // 3, 0), align="center", bg=draw(PALETTE, "letter", word))
+    face = ui.text(word[0].upper(), size, "#ffffff", bold=True)
+    return ui.column(face, width=2 * size, height=2 * size, radius=size, pad=(size // 3, 0), align="center",
+                     bg=draw(PALETTE, "letter", word))
+
+# %% ../../nbs/phone/34_browser.ipynb #34-054
+ARTICLES = ("News", "Forum", "Recipes", "Sports")
 
 def new_tab_view(
     ep:Episode, # the episode
@@ -273,14 +320,47 @@ def new_tab_view(
     "Search box and shortcuts."
     sites = shuffled(ep.world["common"], ep.seed, "shortcuts")[:4]
     names = [(d[:-4].capitalize(), ("go", d)) for d in sites] + [(a, ("article", a)) for a in ARTICLES]
-    tile = lambda name, on: ui.column(letter(name, 60), ui.text(name, 36), gap=16, align="center", width="fill", on=on, role="shortcut", pad=(16, 0))
-    names = ep.order(names, "drift", "tiles")
-    box = ui.row(ui.icon("search", 52, ui.MUTED), ui.text("Search seek or type an address", 44, ui.MUTED, width="fill"), ui.icon("mic", 52, ui.BLUE), on=("focus", "address"),
-                 role="search box", width="fill", height=136, pad=(0, 40), gap=28, radius=68, bg=ui.SURFACE)
-    return ui.column(ui.spacer(ep.shift((240, 200, 280), "logo")), ui.text("seek", 168, ui.BLUE), ui.spacer(72), box, ui.spacer(72),
-                     *[ui.row(*[tile(*n) for n in names[i:i + 4]], width="fill") for i in (0, 4)], width="fill", height="fill", pad=(0, 48), align="center")
+    tiles = [_shortcut(*n) for n in ep.order(names, "drift", "tiles")]
+    rows = [ui.row(*tiles[i:i + 4], width="fill") for i in (0, 4)]
+    return ui.column(ui.spacer(ep.shift((240, 200, 280), "logo")), ui.text("seek", 168, ui.BLUE), ui.spacer(72),
+                     _seek_box(), ui.spacer(72), *rows, width="fill", height="fill", pad=(0, 48), align="center")
+
+def _shortcut(name, on):
+    return ui.column(letter(name, 60), ui.text(name, 36), gap=16, align="center", width="fill", on=on,
+                     role="shortcut", pad=(16, 0))
+
+def _seek_box():
+    "Looks like a field, but a tap on it leads to the address bar."
+    hint = ui.text("Search seek or type an address", 44, ui.MUTED, width="fill")
+    return ui.row(ui.icon("search", 52, ui.MUTED), hint, ui.icon("mic", 52, ui.BLUE),
+                  on=("focus", "address"), role="search box",
+                  width="fill", height=136, pad=(0, 40), gap=28, radius=68, bg=ui.SURFACE)
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-031
+def link(
+    site:str,       # domain; "" for an article
+    rest:str,       # what to search for there
+    paid:bool=False, # an advertisement
+) -> "ui.Node":
+    "One entry of the search engine's page."
+    title, words = _promise(site, rest, paid)
+    on = ("article", rest) if not site else ("find", site, rest) if rest else ("go", site)
+    shown = site or OFFSITE["article"]
+    head = ui.row(letter(shown, 32), ui.text(shown, 40, ui.MUTED),
+                  ui.badge("Ad") if paid else None, width="fill", gap=20)
+    return ui.column(head, ui.text(title, 48, ui.BLUE, lines=2, width="fill"),
+                     ui.text(words, 38, ui.MUTED, lines=2, width="fill"), on=on,
+                     role="ad" if paid else "link", width="fill", pad=(28, 28), gap=14, radius=20,
+                     bg="#fff4dc" if paid else ui.WHITE)
+
+def _promise(site, rest, paid):
+    "(title, description) of an entry."
+    name, what = site[:-4].capitalize(), rest[:1].upper() + rest[1:]
+    if not site: return f"{what}: a buyer's guide", "What to look for, what to avoid, and what it should cost."
+    title = f"{what} at {name}" if rest else f"{name}: deals of the day" if paid else f"{name}: official shop"
+    return title, "Large choice, fast delivery, free returns within thirty days."
+
+# %% ../../nbs/phone/34_browser.ipynb #34-059
 def seek_view(
     page:dict,  # {"kind": "seek", "query": ...}
     ep:Episode, # the episode
@@ -291,48 +371,48 @@ def seek_view(
     found = list(found[:named]) + ep.order(found[named:], "shuffle", "seek", query)
     paid = [d for d in shuffled(ep.world["common"], ep.seed, "seek ads", query) if d not in dict(found)]
     paid = paid[:ads(ep, "seek", query)]
-    logo = ui.row(ui.text("seek", 72, ui.BLUE, bold=True), ui.row(ui.text(query, 44, width="fill"), ui.icon("search", 48, ui.BLUE), on=("focus", "address"), role="search box", width="fill",
-                  height=112, pad=(0, 36), radius=56, border=(4, ui.LINE)), width="fill", gap=32)
-    return ui.scroll(ui.column(logo, *[link(d, "", True) for d in paid], *[link(d, rest) for d, rest in found], ui.spacer(80), width="fill", pad=(24, 32), gap=20),
-                     "page", page.get("scroll", 0), bg=ui.SURFACE)
+    links = [link(d, "", True) for d in paid] + [link(d, rest) for d, rest in found]
+    body = ui.column(_seek_header(query), *links, ui.spacer(80), width="fill", pad=(24, 32), gap=20)
+    return ui.scroll(body, "page", page.get("scroll", 0), bg=ui.SURFACE)
 
-def link(
-    site:str,       # domain; "" for an article
-    rest:str,       # what to search for there
-    paid:bool=False, # an advertisement
-) -> "ui.Node":
-    "One entry of the search engine's page."
-    name, what = site[:-4].capitalize(), rest[:1].upper() + rest[1:]
-    title = f"{what}: a buyer's guide" if not site else f"{what} at {name}" if rest else f"{name}: official shop" if not paid else f"{name}: deals of the day"
-    words = "What to look for, what to avoid, and what it should cost." if not site else "Large choice, fast delivery, free returns within thirty days."
-    on = ("article", rest) if not site else ("find", site, rest) if rest else ("go", site)
-    return ui.column(ui.row(letter(site or "readwell.org", 32), ui.text(site or "readwell.org", 40, ui.MUTED), ui.badge("Ad") if paid else None, width="fill", gap=20),
-                     ui.text(title, 48, ui.BLUE, lines=2, width="fill"), ui.text(words, 38, ui.MUTED, lines=2, width="fill"), on=on,
-                     role="ad" if paid else "link", width="fill", pad=(28, 28), gap=14, radius=20, bg="#fff4dc" if paid else ui.WHITE)
+def _seek_header(query):
+    words = ui.text(query, 44, width="fill")
+    box = ui.row(words, ui.icon("search", 48, ui.BLUE), on=("focus", "address"), role="search box",
+                 width="fill", height=112, pad=(0, 36), radius=56, border=(4, ui.LINE))
+    return ui.row(ui.text("seek", 72, ui.BLUE, bold=True), box, width="fill", gap=32)
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-032
-SENTENCES = ("Most readers ask first what it costs, and then how long it lasts.", "We tried seven of them over a month and kept two.",
+SENTENCES = ("Most readers ask first what it costs, and then how long it lasts.",
+             "We tried seven of them over a month and kept two.",
              "Nobody we spoke to had regretted the dearer one.", "It pays to look at the edges before looking at the price.",
              "What is light on the first day may feel thin on the last.", "Ask a neighbour: they often know best.")
 
+# %% ../../nbs/phone/34_browser.ipynb #34-062
 def article_view(
     page:dict, # {"kind": "article", "title": ...}
 ) -> "ui.Node":
     "Something to read, which no task asks for."
+    title = ui.text(page["title"][:1].upper() + page["title"][1:], 72, bold=True, lines=3, width="fill")
     lines = [" ".join(shuffled(SENTENCES, page["title"], i)[:4]) for i in range(3)]
     paragraphs = [ui.text(words, 42, lines=8, width="fill") for words in lines]
-    return ui.scroll(ui.column(ui.text(page["title"][:1].upper() + page["title"][1:], 72, bold=True, lines=3, width="fill"), ui.text("by the editors", 40, ui.MUTED),
-                               ui.picture(len(page["title"]), 984, 480, role="picture"), *paragraphs, width="fill", pad=(48, 48), gap=36), "page", page.get("scroll", 0), bg=ui.PAPER)
+    body = ui.column(title, ui.text("by the editors", 40, ui.MUTED),
+                     ui.picture(len(page["title"]), 984, 480, role="picture"), *paragraphs,
+                     width="fill", pad=(48, 48), gap=36)
+    return ui.scroll(body, "page", page.get("scroll", 0), bg=ui.PAPER)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-064
 def store_view(
     page:dict, # {"kind": "store", "title": domain, "what": "app" or "letter"}
 ) -> "ui.Node":
     "Where the large button of an invitation leads."
     name = page["title"][:-4].capitalize()
-    head, label, note = (name, "Install", "4.1 stars, 2 million downloads") if page["what"] == "app" else (f"Letters from {name}", "Subscribe", "Enter your mail address to subscribe.")
-    return ui.column(ui.row(letter(name, 88), ui.column(ui.text(head, 64, bold=True), ui.text(note, 40, ui.MUTED), gap=12, width="fill"), width="fill", gap=40),
-                     ui.button(label, ("nothing",), color=ui.GREEN, role="install button", width="fill"), ui.text("Not available on this phone.", 40, ui.MUTED),
-                     width="fill", height="fill", pad=(64, 48), gap=48)
+    if page["what"] == "app": head, label, note = name, "Install", "4.1 stars, 2 million downloads"
+    else: head, label, note = f"Letters from {name}", "Subscribe", "Enter your mail address to subscribe."
+    title = ui.column(ui.text(head, 64, bold=True), ui.text(note, 40, ui.MUTED), gap=12, width="fill")
+    return ui.column(ui.row(letter(name, 88), title, width="fill", gap=40),
+                     ui.button(label, ("nothing",), color=ui.GREEN, role="install button", width="fill"),
+                     ui.text("Not available on this phone.", 40, ui.MUTED), width="fill",
+                     height="fill", pad=(64, 48), gap=48)
 
 @patch
 def on_nothing(self:Browser, state, ep): return state
@@ -343,26 +423,41 @@ def loading_view(
 ) -> "ui.Node":
     "A page that is not there yet."
     bars = [ui.skeleton(w, 56) for w in (900, 984, 760)]
-    return ui.column(ui.spacer(48), *bars, ui.spacer(360), ui.row(ui.spacer(), ui.spinner(160, wait), ui.spacer(), width="fill"), ui.spacer(40),
-                     ui.row(ui.spacer(), ui.text("Loading…", 44, ui.MUTED), ui.spacer(), width="fill"), width="fill", height="fill", pad=(0, 48), gap=36)
+    middle = lambda node: ui.row(ui.spacer(), node, ui.spacer(), width="fill")
+    return ui.column(ui.spacer(48), *bars, ui.spacer(360), middle(ui.spinner(160, wait)), ui.spacer(40),
+                     middle(ui.text("Loading…", 44, ui.MUTED)), width="fill", height="fill", pad=(0, 48), gap=36)
 
+# %% ../../nbs/phone/34_browser.ipynb #34-067
 def overview_view(
     state:dict, # of the browser
 ) -> "ui.Node":
     "All tabs."
-    title = lambda page: domain_of(page) or "New tab"
-    card = lambda i, pages: ui.column(ui.row(ui.text(title(pages[-1]), 40, width="fill", bold=True), ui.icon_button("close", ("close tab", i), size=48, role="close button"), width="fill", pad=(0, 24)),
-                                      ui.column(letter(title(pages[-1]), 72), ui.text(pages[-1].get("query", pages[-1]["kind"]), 36, ui.MUTED), gap=28, width="fill", height=360, pad=(80, 16), align="center", bg=ui.SURFACE),
-                                      on=("switch", i), role="tab card", width=500, radius=28, bg=ui.WHITE, border=(6 if i == state["tab"] else 2, ui.BLUE if i == state["tab"] else ui.LINE))
-    cards = [card(i, pages) for i, pages in list(enumerate(state["tabs"]))[-6:]]
+    cards = [_tab_card(i, pages[-1], i == state["tab"]) for i, pages in list(enumerate(state["tabs"]))[-6:]]
     rows = [ui.row(*cards[i:i + 2], width="fill", gap=24) for i in range(0, len(cards), 2)]
-    return ui.column(ui.row(ui.icon_button("plus", ("new tab",), role="new tab button"), ui.text("Tabs", 52, bold=True, width="fill"), width="fill", pad=(8, 0), gap=16), *rows,
-                     width="fill", height="fill", pad=(16, 28), gap=32, bg=ui.mix(ui.SURFACE, ui.BLUE, 0.1))
+    plus = ui.icon_button("plus", ("new tab",), role="new tab button")
+    top = ui.row(plus, ui.text("Tabs", 52, bold=True, width="fill"), width="fill", pad=(8, 0), gap=16)
+    return ui.column(top, *rows, width="fill", height="fill", pad=(16, 28), gap=32, bg=ui.mix(ui.SURFACE, ui.BLUE, 0.1))
 
+def _tab_card(i, page, current):
+    "Domain, an x, and what the tab shows; the current tab has a blue frame."
+    title = domain_of(page) or "New tab"
+    close = ui.icon_button("close", ("close tab", i), size=48, role="close button")
+    head = ui.row(ui.text(title, 40, width="fill", bold=True), close, width="fill", pad=(0, 24))
+    what = ui.text(page.get("query", page["kind"]), 36, ui.MUTED)
+    body = ui.column(letter(title, 72), what, gap=28, width="fill", height=360, pad=(80, 16),
+                     align="center", bg=ui.SURFACE)
+    return ui.column(head, body, on=("switch", i), role="tab card", width=500, radius=28, bg=ui.WHITE,
+                     border=(6 if current else 2, ui.BLUE if current else ui.LINE))
+
+# %% ../../nbs/phone/34_browser.ipynb #34-069
 def menu_card() -> "ui.Node":
     "The browser's menu."
-    entry = lambda label, glyph, on: ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="menu entry", width="fill", pad=(32, 40), gap=32, bg=ui.WHITE)
-    return ui.column(entry("New tab", "plus", ("new tab",)), entry("Reload", "right", ("reload",)), entry("All tabs", "tabs", ("tabs",)), width=560, radius=24, bg=ui.WHITE, elevation=12, place=(0, 1))
+    entries = [("New tab", "plus", ("new tab",)), ("Reload", "right", ("reload",)), ("All tabs", "tabs", ("tabs",))]
+    return ui.column(*[_menu_entry(*e) for e in entries], width=560, radius=24, bg=ui.WHITE, elevation=12, place=(0, 1))
+
+def _menu_entry(label, glyph, on):
+    return ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="menu entry",
+                  width="fill", pad=(32, 40), gap=32, bg=ui.WHITE)
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-034
 @patch
@@ -370,15 +465,20 @@ def visible(self:Browser, state):
     "What the view depends on, so that equal screens are built once."
     page = self.page(state)
     site = page.get("site", "")
-    return [page, state["focus"], state["fields"], state["settings"], state["menu"], len(state["tabs"]), site in state["consent"], state["carts"].get(site, []),
-            [state["tab"], state["tabs"]] if state["overview"] else None]
+    around = [state[k] for k in ("focus", "fields", "settings", "menu")]
+    tabs = [state["tab"], state["tabs"]] if state["overview"] else None
+    return [page, *around, len(state["tabs"]), site in state["consent"], state["carts"].get(site, []), tabs]
 
+# %% ../../nbs/phone/34_browser.ipynb #34-072
 @patch
 def content(self:Browser, page, state, ep): # below the address bar
     if page.get("wait"): return loading_view(page["wait"])
     if page["kind"] in SHOP_PAGES: return shop_view(page, state, ep)
-    return {"new tab": lambda: new_tab_view(ep), "seek": lambda: seek_view(page, ep), "article": lambda: article_view(page), "store": lambda: store_view(page)}[page["kind"]]()
+    views = {"new tab": lambda: new_tab_view(ep), "seek": lambda: seek_view(page, ep),
+             "article": lambda: article_view(page), "store": lambda: store_view(page)}
+    return views[page["kind"]]()
 
+# %% ../../nbs/phone/34_browser.ipynb #34-073
 @patch
 def view(self:Browser, state, ep):
     page, focus = self.page(state), state["focus"]

@@ -8,6 +8,7 @@ __all__ = ['SCREENS', 'PICTURES', 'SimPhone', 'remember', 'Screen', 'diff']
 # %% ../../nbs/phone/35_device.ipynb #12-002
 import json
 from functools import lru_cache
+from itertools import zip_longest
 
 from fastcore.basics import patch
 from PIL import Image
@@ -37,20 +38,35 @@ class SimPhone:
         self.screens, self.pictures = {}, {} # built so far, shared by all copies
         self.reset(None, 0)
 
-    def reset(self,
-        task:Task|None, # what the episode is for; its shop is not what the browser was left on
-        seed:int,       # of the episode
-    ):
-        "Begin an episode on the launcher."
-        self.put({"seed": derive_seed("episode", seed), "luck": derive_seed("luck", seed), "steps": 0, "app": "launcher", "apps": {},
-                  "avoid": task.site if task else ""})
-        self.put(self.with_app("launcher"))
+# %% ../../nbs/phone/35_device.ipynb #35-002
+@patch
+def reset(self:SimPhone,
+    task:Task|None, # what the episode is for; its shop is not what the browser was left on
+    seed:int,       # of the episode
+):
+    "Begin an episode on the launcher."
+    self.put({"seed": derive_seed("episode", seed), "luck": derive_seed("luck", seed), "steps": 0, "app": "launcher",
+              "apps": {}, "avoid": task.site if task else ""})
+    self.put(self.with_app("launcher"))
 
-    def put(self, state): # take over a state, which nobody changes
-        self.now = state
-        self.episode = _episode(state["seed"], state["luck"], self.dynamics, self.seed)
+@patch
+def put(self:SimPhone, state): # take over a state, which nobody changes
+    self.now = state
+    self.episode = _episode(state["seed"], state["luck"], self.dynamics, self.seed)
 
-    def close(self): pass
+@patch
+def close(self:SimPhone): pass
+
+# %% ../../nbs/phone/35_device.ipynb #35-004
+@patch
+def with_app(self:SimPhone, name): # the state with another app on show, started if it never was
+    own = self.now["apps"].get(name)
+    if own is None: own = find_app(name).start(self.episode, self.now["avoid"])
+    return {**self.now, "app": name, "apps": {**self.now["apps"], name: own}}
+
+@patch
+def with_own(self:SimPhone, own): # the state with the app on show in another state
+    return {**self.now, "apps": {**self.now["apps"], self.now["app"]: own}}
 
 # %% ../../nbs/phone/35_device.ipynb #12-006
 @patch
@@ -70,6 +86,7 @@ def restore(self:SimPhone,
     "Go back, or on, to a snapshot."
     self.put(json.loads(json.dumps(snapshot)))
 
+# %% ../../nbs/phone/35_device.ipynb #35-010
 @patch
 def fork(self:SimPhone):
     "A copy that lives on by itself. Without anything else said, the same actions meet the same accidents."
@@ -100,6 +117,7 @@ def remember(
         kept[key] = make()
     return kept[key]
 
+# %% ../../nbs/phone/35_device.ipynb #35-014
 class Screen:
     "A widget tree and, when asked for, what is visible of it."
     def __init__(self, root): self.root, self.found, self.targets = root, None, None
@@ -112,6 +130,7 @@ class Screen:
         if self.targets is None: self.targets = {e.on: e for e in reversed(self.elements()) if e.on}
         return self.targets.get(event)
 
+# %% ../../nbs/phone/35_device.ipynb #35-016
 @patch
 def screen(self:SimPhone) -> Screen:
     "What is on show."
@@ -138,16 +157,6 @@ def dump(self:SimPhone) -> str: # XML
 
 # %% ../../nbs/phone/35_device.ipynb #12-011
 @patch
-def with_app(self:SimPhone, name): # the state with another app on show, started if it never was
-    own = self.now["apps"].get(name)
-    if own is None: own = find_app(name).start(self.episode, self.now["avoid"])
-    return {**self.now, "app": name, "apps": {**self.now["apps"], name: own}}
-
-@patch
-def with_own(self:SimPhone, own): # the state with the app on show in another state
-    return {**self.now, "apps": {**self.now["apps"], self.now["app"]: own}}
-
-@patch
 def passed(self:SimPhone,
     after:dict, # state that the input led to
 ):
@@ -158,6 +167,7 @@ def passed(self:SimPhone,
         if app.busy(own) and app.busy(apps[name]): apps = {**apps, name: app.waited(apps[name])}
     self.put({**after, "apps": apps, "steps": self.now["steps"] + 1})
 
+# %% ../../nbs/phone/35_device.ipynb #35-021
 @patch
 def touch(self:SimPhone,
     event:tuple|None, # what the touched widget means; None where there is none
@@ -192,6 +202,7 @@ def type_text(self:SimPhone,
     app, own = find_app(self.now["app"]), self.now["apps"][self.now["app"]]
     self.passed(self.now if app.busy(own) else self.with_own(app.typed(own, s)))
 
+# %% ../../nbs/phone/35_device.ipynb #35-026
 @patch
 def press(self:SimPhone,
     key:str, # "back", "home" or "enter"
@@ -200,11 +211,14 @@ def press(self:SimPhone,
     check_key(key)
     app, own = find_app(self.now["app"]), self.now["apps"][self.now["app"]]
     after = self.now
-    if key == "home": after = {**self.now, "app": "launcher", "apps": {**self.now["apps"], "launcher": APPS["launcher"].start(self.episode, "")}}
+    if key == "home":
+        home = APPS["launcher"].start(self.episode, "")
+        after = {**self.now, "app": "launcher", "apps": {**self.now["apps"], "launcher": home}}
     elif key == "back":
         new = app.back(own, self.episode)
         after = self.with_app("launcher") if new is None else self.with_own(new)
-    elif own.get("focus") and not app.busy(own): after = self.with_own(app.update(own, ("submit", own["focus"]), self.episode))
+    elif own.get("focus") and not app.busy(own):
+        after = self.with_own(app.update(own, ("submit", own["focus"]), self.episode))
     self.passed(after)
 
 # %% ../../nbs/phone/35_device.ipynb #12-013
@@ -215,7 +229,7 @@ def swipe(self:SimPhone,
     x1:float, # end, from the left, 0..1
     y1:float, # end, from the top, 0..1
 ):
-    "Drag. What lies under the beginning scrolls; where nothing does, the app is told the direction. Raises `DeviceError` off the screen."
+    "Drag: scroll what lies under the beginning, else give the app the direction. Raises `DeviceError` off the screen."
     check_point(x0, y0, x1, y1)
     app, own = find_app(self.now["app"]), self.now["apps"][self.now["app"]]
     (width, height), new = ui.SIZE, own
@@ -237,7 +251,8 @@ def judge(self:SimPhone,
     if self.now["app"] != "browser": return 0.0
     own, app = self.now["apps"]["browser"], APPS["browser"]
     page = app.page(own)
-    if own["overview"] or own["focus"] == "address" or page.get("wait") or page.get("site") != task.site: return 0.0
+    if own["overview"] or own["focus"] == "address": return 0.0
+    if page.get("wait") or page.get("site") != task.site: return 0.0
     if task.level == 1: return 1.0
     if page.get("query") != normal(task.query): return 0.0
     if task.level == 2: return float(page["kind"] == "results")
@@ -250,6 +265,8 @@ def diff(
     path:str="", # where they are
 ) -> dict: # path: (before, after); None for what is missing
     "Every difference of two states."
-    if type(a) is not type(b) or not isinstance(a, (dict, list)): return {} if a == b and type(a) is type(b) else {path: (a, b)}
-    pairs = {k: (a.get(k), b.get(k)) for k in a | b} if isinstance(a, dict) else {i: ((a + [None] * len(b))[i], (b + [None] * len(a))[i]) for i in range(max(len(a), len(b)))}
+    if type(a) is not type(b) or not isinstance(a, (dict, list)):
+        return {} if a == b and type(a) is type(b) else {path: (a, b)}
+    if isinstance(a, dict): pairs = {k: (a.get(k), b.get(k)) for k in a | b}
+    else: pairs = dict(enumerate(zip_longest(a, b)))
     return {p: d for k, (x, y) in pairs.items() for p, d in diff(x, y, f"{path}/{k}").items()}

@@ -6,7 +6,7 @@
 __all__ = ['PER_PAGE', 'SORTS', 'AD_TINT', 'SHOP_PAGES', 'organic', 'ads', 'entries', 'product_node', 'product_list',
            'search_field', 'header', 'shop_suggestions', 'shop_page', 'plural', 'home_body', 'results_body',
            'product_of', 'product_body', 'cart_body', 'sign_in_body', 'categories_body', 'consent_sheet', 'invitation',
-           'shop_view', 'asks_consent']
+           'asks_consent', 'shop_view']
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-003
 from functools import lru_cache
@@ -31,6 +31,7 @@ def organic(
     if page["sort"] == "Rating": order.sort(key=lambda i: -items[i]["stars"])
     return order
 
+# %% ../../nbs/phone/33_shops.ipynb #33-003
 def ads(
     ep:Episode, # the episode
     *where,     # what the page shows, e.g. the shop, the query and the number of the page
@@ -55,6 +56,7 @@ def entries(
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-011
 AD_TINT = "#fff4dc"
+_ART = {"list": (232, 232), "grid": (456, 320), "cards": (976, 400)}  # width and height of the picture, px
 
 def product_node(
     product:dict,   # from a catalogue
@@ -67,16 +69,20 @@ def product_node(
     "One product in a list of products."
     return _product_node(tuple(product.items()), listing, currency, on, role, id)
 
+# %% ../../nbs/phone/33_shops.ipynb #33-007
 @lru_cache(maxsize=4096)
 def _product_node(items, listing, currency, on, role, id):
     product, sponsored = dict(items), role == "sponsored result"
-    w, h = {"list": (232, 232), "grid": (456, 320), "cards": (976, 400)}[listing]
-    art = ui.picture(product["art"], w, h, shape=product["shape"], tint=product["tint"])
-    words = ui.column(ui.badge("Sponsored") if sponsored else None, ui.text(product["title"], 40, lines=2, width="fill"), ui.stars(product["stars"]),
-                      ui.text(f"{currency}{product['price']:.2f}", 44, bold=True), gap=12, width="fill")
-    box = dict(on=on, role=role, id=id, bg=AD_TINT if sponsored else ui.WHITE, pad=20, gap=24, radius=20, width="fill", desc=product["title"])
+    art = ui.picture(product["art"], *_ART[listing], shape=product["shape"], tint=product["tint"])
+    badge = ui.badge("Sponsored") if sponsored else None
+    title = ui.text(product["title"], 40, lines=2, width="fill")
+    price = ui.text(f"{currency}{product['price']:.2f}", 44, bold=True)
+    words = ui.column(badge, title, ui.stars(product["stars"]), price, gap=12, width="fill")
+    box = dict(on=on, role=role, id=id, bg=AD_TINT if sponsored else ui.WHITE, pad=20, gap=24, radius=20, width="fill",
+               desc=product["title"])
     return ui.row(art, words, **box) if listing == "list" else ui.column(art, words, align="center", **box)
 
+# %% ../../nbs/phone/33_shops.ipynb #33-009
 def product_list(
     nodes, # from `product_node`
     listing:str, # "list", "grid" or "cards"
@@ -93,9 +99,10 @@ def search_field(
     **style,
 ) -> "ui.Node":
     "A shop's search box."
-    return ui.field(state["fields"]["search"], hint, focused=state["focus"] == "search", on=("focus", "search"), clear=("clear", "search"),
-                    lead="search", role="search box", width="fill", **style)
+    return ui.field(state["fields"]["search"], hint, focused=state["focus"] == "search", on=("focus", "search"),
+                    clear=("clear", "search"), lead="search", role="search box", width="fill", **style)
 
+# %% ../../nbs/phone/33_shops.ipynb #33-012
 def header(
     shop:dict,  # from the world
     page:dict,  # on show
@@ -104,17 +111,26 @@ def header(
     "Name, menu, cart, and for most layouts the search."
     bg = shop["color"] if shop["dark"] else ui.mix(shop["color"], "#ffffff", 0.88)
     ink = "#ffffff" if shop["dark"] else shop["color"]
-    hint, layout, searching = f"Search {shop['name']}", shop["layout"], state["focus"] == "search"
+    hint, layout = f"Search {shop['name']}", shop["layout"]
     box = dict(width="fill", bg=bg, pad=(16, 24), gap=8, align="center")
-    if searching and layout == "icon":
-        return ui.row(ui.icon_button("back", ("unfocus",), color=ink, role="back button"), search_field(state, hint), **box)
-    inline, filled = layout == "hero" and page["kind"] != "home", len(state["carts"].get(page["site"], []))
-    first = ui.row(ui.icon_button("menu", ("categories",), color=ink, role="menu icon"),
-                   ui.text(shop["name"], 44 if inline else 60, ink, bold=True, on=("home",), role="site logo"),
-                   search_field(state, hint) if inline else ui.spacer("fill"),
-                   ui.icon_button("search", ("focus", "search"), color=ink, role="search icon") if layout == "icon" else None,
-                   ui.icon_button("cart", ("cart",), color=ink, role="cart icon"), ui.badge(str(filled)) if filled else None, width="fill", gap=16, align="center")
-    return ui.column(first, search_field(state, hint) if layout == "header" else None, **box)
+    if state["focus"] == "search" and layout == "icon":
+        return ui.row(ui.icon_button("back", ("unfocus",), color=ink, role="back button"),
+                      search_field(state, hint), **box)
+    inline = search_field(state, hint) if layout == "hero" and page["kind"] != "home" else None
+    filled = len(state["carts"].get(page["site"], []))
+    return ui.column(_title_row(shop, ink, inline, filled),
+                     search_field(state, hint) if layout == "header" else None, **box)
+
+# %% ../../nbs/phone/33_shops.ipynb #33-013
+def _title_row(shop, ink, inline, filled):
+    "Menu, name, a search field or room, search icon, cart and how many things are in it."
+    menu = ui.icon_button("menu", ("categories",), color=ink, role="menu icon")
+    name = ui.text(shop["name"], 44 if inline else 60, ink, bold=True, on=("home",), role="site logo")
+    search = ui.icon_button("search", ("focus", "search"), color=ink,
+                            role="search icon") if shop["layout"] == "icon" else None
+    cart = ui.icon_button("cart", ("cart",), color=ink, role="cart icon")
+    badge = ui.badge(str(filled)) if filled else None
+    return ui.row(menu, name, inline or ui.spacer("fill"), search, cart, badge, width="fill", gap=16, align="center")
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-015
 def shop_suggestions(
@@ -123,11 +139,15 @@ def shop_suggestions(
     text:str,   # in the field
 ) -> "ui.Node":
     "Proposals while typing into a shop's search."
-    seed, site = ep.world_seed, page["site"]
-    texts = [text.strip(), f"{text.strip()} set", f"{text.strip()} sale"] if text.strip() else [draw(queries("train"), seed, site, "hot", i) for i in range(3)]
-    row = lambda t: ui.row(ui.icon("search", 48, ui.MUTED), ui.text(t, 44, width="fill"), on=("find", site, t), role="suggestion",
-                           pad=(32, 40), gap=32, width="fill", align="center", bg=ui.WHITE)
-    return ui.column(*map(row, texts), width="fill", height="fill", bg=ui.WHITE)
+    seed, site, text = ep.world_seed, page["site"], text.strip()
+    if text: texts = [text, f"{text} set", f"{text} sale"]
+    else: texts = [draw(queries("train"), seed, site, "hot", i) for i in range(3)]
+    return ui.column(*[_suggestion(site, t) for t in texts], width="fill", height="fill", bg=ui.WHITE)
+
+def _suggestion(site, text):
+    return ui.row(ui.icon("search", 48, ui.MUTED), ui.text(text, 44, width="fill"),
+                  on=("find", site, text), role="suggestion",
+                  pad=(32, 40), gap=32, width="fill", align="center", bg=ui.WHITE)
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-017
 SHOP_PAGES = {}
@@ -141,36 +161,64 @@ def shop_page(
         return f
     return register
 
-def plural(noun:str) -> str: return noun.capitalize() + ("" if noun[-1] == "s" else "es" if noun.endswith(("ch", "sh")) else "s")
+# %% ../../nbs/phone/33_shops.ipynb #33-017
+def plural(noun:str) -> str:
+    "A noun in the plural, with a capital."
+    ending = "" if noun[-1] == "s" else "es" if noun.endswith(("ch", "sh")) else "s"
+    return noun.capitalize() + ending
 
+# %% ../../nbs/phone/33_shops.ipynb #33-019
 @shop_page("home")
 def home_body(page, state, shop, ep):
     "Banner or hero search, categories, popular products."
+    site = shop["domain"]
+    nouns = [draw(NOUNS, ep.world_seed, site, "category", i) for i in range(3)]
+    chips = ui.row(*[ui.chip(plural(n), ("find", site, n), role="category") for n in nouns], gap=20, width="fill")
+    items = catalogue(ep.world_seed, site, "")
+    tiles = [_featured(p, shop, i) for i, p in enumerate(items)]
+    return [_banner(state, shop, ep), chips, ui.text("Popular today", 52, bold=True), *product_list(tiles, "grid")]
+
+def _featured(product, shop, i):
+    return product_node(product, "grid", shop["currency"], ("product", None, i), "featured product")
+
+# %% ../../nbs/phone/33_shops.ipynb #33-020
+def _banner(state, shop, ep):
+    "The shop's slogan; in a hero layout with the search below it."
     hero = shop["layout"] == "hero"
     tall = ep.shift((520, 440, 600), "hero") if hero else ep.shift((320, 280, 360, 400), "banner")
-    banner = ui.column(ui.spacer("fill"), ui.text(shop["slogan"], 64, "#ffffff", bold=True), search_field(state, "What are you looking for?") if hero else
-                       ui.text("New arrivals this week", 40, "#ffffff"), ui.spacer("fill"), gap=32, align="center" if hero else "start", width="fill", height=tall,
-                       pad=(32, 56), bg=ui.mix(shop["color"], "#000000", 0.15), radius=0 if hero else 24, role="banner")
-    nouns = [draw(NOUNS, ep.world_seed, shop["domain"], "category", i) for i in range(3)]
-    chips = ui.row(*[ui.chip(plural(n), ("find", shop["domain"], n), role="category") for n in nouns], gap=20, width="fill")
-    items = catalogue(ep.world_seed, shop["domain"], "")
-    tiles = [product_node(p, "grid", shop["currency"], ("product", None, i), "featured product") for i, p in enumerate(items)]
-    return [banner, chips, ui.text("Popular today", 52, bold=True), *product_list(tiles, "grid")]
+    below = search_field(state,
+                         "What are you looking for?") if hero else ui.text("New arrivals this week", 40, "#ffffff")
+    return ui.column(ui.spacer("fill"), ui.text(shop["slogan"], 64, "#ffffff", bold=True), below,
+                     ui.spacer("fill"), gap=32,
+                     align="center" if hero else "start", width="fill", height=tall, pad=(32, 56),
+                     bg=ui.mix(shop["color"], "#000000", 0.15), radius=0 if hero else 24, role="banner")
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-018
 @shop_page("results")
 def results_body(page, state, shop, ep):
     "How many were found, sorting, the entries, and links to the next pages."
     items, paid = (catalogue(ep.world_seed, page["site"], page["query"], s) for s in (False, True))
-    if not items: return [ui.text(f"No results for “{page['query']}”", 52, bold=True, lines=2, width="fill"), ui.text("Check the spelling or try other words.", 40, ui.MUTED)]
-    chips = ui.row(*[ui.chip(s, ("sort", s), selected=s == page["sort"], role="sort chip") for s in SORTS], gap=20, width="fill")
-    nodes = [product_node(paid[i], shop["listing"], shop["currency"], ("ad", i), "sponsored result") if rank is None else
-             product_node(items[i], shop["listing"], shop["currency"], ("product", rank, i), "result") for rank, i in entries(ep, page)]
-    last = (len(items) - 1) // PER_PAGE
-    turn = ui.row(ui.button("Previous", ("turn", page["number"] - 1), "outlined", role="previous page") if page["number"] else None,
-                  ui.text(f"Page {page['number'] + 1} of {last + 1}", 40, ui.MUTED, width="fill"),
-                  ui.button("Next", ("turn", page["number"] + 1), "outlined", role="next page") if page["number"] < last else None, width="fill", gap=24, pad=(16, 0), align="center")
-    return [chips, ui.text(f"{len(items)} results for “{page['query']}”", 40, ui.MUTED, width="fill"), *product_list(nodes, shop["listing"]), turn]
+    if not items: return _nothing_found(page["query"])
+    chips = [ui.chip(s, ("sort", s), selected=s == page["sort"], role="sort chip") for s in SORTS]
+    count = ui.text(f"{len(items)} results for “{page['query']}”", 40, ui.MUTED, width="fill")
+    def show(rank, i): # an entry
+        if rank is None: return product_node(paid[i], shop["listing"], shop["currency"], ("ad", i), "sponsored result")
+        return product_node(items[i], shop["listing"], shop["currency"], ("product", rank, i), "result")
+    nodes = [show(*entry) for entry in entries(ep, page)]
+    turn = _turn_row(page["number"], (len(items) - 1) // PER_PAGE)
+    return [ui.row(*chips, gap=20, width="fill"), count, *product_list(nodes, shop["listing"]), turn]
+
+# %% ../../nbs/phone/33_shops.ipynb #33-023
+def _nothing_found(query):
+    return [ui.text(f"No results for “{query}”", 52, bold=True, lines=2, width="fill"),
+            ui.text("Check the spelling or try other words.", 40, ui.MUTED)]
+
+def _turn_row(number, last):
+    "Previous, the page's number, next; the ends lack one of the buttons."
+    before = ui.button("Previous", ("turn", number - 1), "outlined", role="previous page") if number else None
+    after = ui.button("Next", ("turn", number + 1), "outlined", role="next page") if number < last else None
+    return ui.row(before, ui.text(f"Page {number + 1} of {last + 1}", 40, ui.MUTED, width="fill"),
+                  after, width="fill", gap=24, pad=(16, 0), align="center")
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-019
 def product_of(
@@ -180,45 +228,63 @@ def product_of(
     "The product that a page shows."
     return catalogue(ep.world_seed, page["site"], page["query"], page["sponsored"])[page["item"]]
 
+# %% ../../nbs/phone/33_shops.ipynb #33-028
 @shop_page("product")
 def product_body(page, state, shop, ep):
     "Picture, title, price, buttons, description."
     product, items = product_of(ep, page), catalogue(ep.world_seed, page["site"], "")
-    again = [product_node(p, "grid", shop["currency"], ("product", None, i), "featured product") for i, p in enumerate(items[:4])]
-    return [ui.picture(product["art"], 1016, ep.shift((720, 640, 800), "product"), shape=product["shape"], tint=product["tint"], role="product picture"),
-            ui.badge("Sponsored") if page["sponsored"] else None, ui.text(product["title"], 56, bold=True, lines=2, width="fill", role="product title"),
-            ui.row(ui.stars(product["stars"]), ui.text(f"by {product['brand']}", 40, ui.MUTED), gap=24, align="center"),
+    again = [_featured(p, shop, i) for i, p in enumerate(items[:4])]
+    art = ui.picture(product["art"], 1016, ep.shift((720, 640, 800), "product"), shape=product["shape"],
+                     tint=product["tint"], role="product picture")
+    promise = f"{product['title']}, carefully packed and sent within two days. Returns are free for a month."
+    return [art, ui.badge("Sponsored") if page["sponsored"] else None, *_offer(product, shop),
+            ui.text(promise, 40, ui.MUTED, lines=3, width="fill"),
+            ui.text("You may also like", 52, bold=True), *product_list(again, "grid")]
+
+def _offer(product, shop):
+    "Title, stars and brand, price, and the two buttons."
+    stars = ui.row(ui.stars(product["stars"]), ui.text(f"by {product['brand']}", 40, ui.MUTED), gap=24, align="center")
+    return [ui.text(product["title"], 56, bold=True, lines=2, width="fill", role="product title"), stars,
             ui.text(f"{shop['currency']}{product['price']:.2f}", 68, bold=True),
             ui.button("Add to cart", ("add",), color=shop["color"], role="cart button", width="fill"),
-            ui.button("Buy now", ("buy",), "outlined", color=shop["color"], role="buy button", width="fill"),
-            ui.text(f"{product['title']}, carefully packed and sent within two days. Returns are free for a month.", 40, ui.MUTED, lines=3, width="fill"),
-            ui.text("You may also like", 52, bold=True), *product_list(again, "grid")]
+            ui.button("Buy now", ("buy",), "outlined", color=shop["color"], role="buy button", width="fill")]
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-020
 @shop_page("cart")
 def cart_body(page, state, shop, ep):
     "What was put into the cart."
-    lines = state["carts"].get(page["site"], [])
-    products = [product_of(ep, line) for line in lines]
-    rows = [ui.row(ui.picture(p["art"], 160, 160, shape=p["shape"], tint=p["tint"]), ui.column(ui.text(p["title"], 40, lines=2, width="fill"),
-                   ui.text(f"{shop['currency']}{p['price']:.2f}", 44, bold=True), gap=12, width="fill"), ui.icon_button("trash", ("remove", i), role="remove button"),
-                   gap=24, width="fill", align="center", bg=ui.WHITE, pad=20, radius=20) for i, p in enumerate(products)]
+    title = ui.text("Your cart", 60, bold=True)
+    products = [product_of(ep, line) for line in state["carts"].get(page["site"], [])]
+    if not products: return [title, ui.text("There is nothing in it yet.", 44, ui.MUTED)]
     total = ui.text(f"Total {shop['currency']}{sum(p['price'] for p in products):.2f}", 52, bold=True)
     buy = ui.button("Checkout", ("buy",), color=shop["color"], role="buy button", width="fill")
-    return [ui.text("Your cart", 60, bold=True), *(rows + [total, buy] if rows else [ui.text("There is nothing in it yet.", 44, ui.MUTED)])]
+    return [title, *[_cart_line(i, p, shop) for i, p in enumerate(products)], total, buy]
 
+def _cart_line(i, product, shop):
+    art = ui.picture(product["art"], 160, 160, shape=product["shape"], tint=product["tint"])
+    price = ui.text(f"{shop['currency']}{product['price']:.2f}", 44, bold=True)
+    words = ui.column(ui.text(product["title"], 40, lines=2, width="fill"), price, gap=12, width="fill")
+    remove = ui.icon_button("trash", ("remove", i), role="remove button")
+    return ui.row(art, words, remove, gap=24, width="fill", align="center", bg=ui.WHITE, pad=20, radius=20)
+
+# %% ../../nbs/phone/33_shops.ipynb #33-032
 @shop_page("sign in")
 def sign_in_body(page, state, shop, ep):
     "What buying leads to: nobody has an account here."
-    return [ui.text("Sign in", 60, bold=True), ui.text("Please sign in to buy. You have no account with this shop.", 44, ui.MUTED, lines=2, width="fill")]
+    why = "Please sign in to buy. You have no account with this shop."
+    return [ui.text("Sign in", 60, bold=True), ui.text(why, 44, ui.MUTED, lines=2, width="fill")]
 
+# %% ../../nbs/phone/33_shops.ipynb #33-033
 @shop_page("categories")
 def categories_body(page, state, shop, ep):
     "A list of things that the shop sells."
     nouns = sorted({draw(NOUNS, ep.world_seed, shop["domain"], "category", i) for i in range(10)})
-    return [ui.text("Categories", 60, bold=True),
-            *[ui.row(ui.text(plural(n), 48, width="fill"), ui.icon("right", 48, ui.MUTED), on=("find", shop["domain"], n), role="category",
-                     bg=ui.WHITE, pad=(32, 32), radius=20, width="fill", align="center") for n in nouns]]
+    return [ui.text("Categories", 60, bold=True), *[_category(shop["domain"], n) for n in nouns]]
+
+def _category(site, noun):
+    return ui.row(ui.text(plural(noun), 48, width="fill"), ui.icon("right", 48, ui.MUTED),
+                  on=("find", site, noun), role="category",
+                  bg=ui.WHITE, pad=(32, 32), radius=20, width="fill", align="center")
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-022
 def consent_sheet(
@@ -226,51 +292,43 @@ def consent_sheet(
     settings:bool, # the second sheet
 ) -> "ui.Node":
     "Asks for consent to cookies."
-    if settings:
-        kinds = [ui.row(ui.text(k, 44, width="fill"), ui.icon("check", 56, ui.MUTED), width="fill", pad=(12, 0), align="center") for k in ("Necessary", "Statistics", "Marketing")]
-        return ui.sheet(ui.text("Cookie settings", 56, bold=True), *kinds, ui.button("Save choices", ("consent", "saved"), color=shop["color"], role="save button", width="fill"),
-                        gap=28, pad=(56, 56), width="fill")
-    buttons = {"accept": ui.button("Accept all", ("consent", "accepted"), color=shop["color"], role="accept button", width="fill"),
-               "reject": ui.button("Reject all", ("consent", "rejected"), "outlined", color=shop["color"], role="reject button", width="fill"),
-               "settings": ui.button("Settings", ("consent settings",), "text", color=shop["color"], role="settings button", width="fill")}
+    if settings: return _cookie_settings(shop)
+    def button(label, on, kind, role): return ui.button(label, on, kind, color=shop["color"], role=role, width="fill")
+    buttons = {"accept": button("Accept all", ("consent", "accepted"), "filled", "accept button"),
+               "reject": button("Reject all", ("consent", "rejected"), "outlined", "reject button"),
+               "settings": button("Settings", ("consent settings",), "text", "settings button")}
+    question = f"{shop['name']} and its partners use cookies to measure visits and to show offers that fit you."
     return ui.sheet(ui.text("We value your privacy", 60, bold=True),
-                    ui.text(f"{shop['name']} and its partners use cookies to measure visits and to show offers that fit you.", 44, ui.MUTED, lines=3, width="fill"),
+                    ui.text(question, 44, ui.MUTED, lines=3, width="fill"),
                     *[buttons[b] for b in shop["consent"]], gap=36, pad=(64, 56), width="fill")
 
+# %% ../../nbs/phone/33_shops.ipynb #33-035
+def _cookie_settings(shop):
+    "Nothing can be chosen here: the ticks are pictures, and the one button saves."
+    tick = ui.icon("check", 56, ui.MUTED)
+    kinds = [ui.row(ui.text(k, 44, width="fill"), tick, width="fill", pad=(12, 0), align="center")
+             for k in ("Necessary", "Statistics", "Marketing")]
+    save = ui.button("Save choices", ("consent", "saved"), color=shop["color"], role="save button", width="fill")
+    return ui.sheet(ui.text("Cookie settings", 56, bold=True), *kinds, save, gap=28, pad=(56, 56), width="fill")
+
+# %% ../../nbs/phone/33_shops.ipynb #33-037
 def invitation(
     shop:dict,  # from the world
     app:bool,   # to install the app, else to subscribe
 ) -> "ui.Node":
     "An advertisement of the shop for itself."
     side = (0, 1) if shop["close"] == "right" else (0, 0)
-    head, label = ("Shop faster in our app", "Get the app") if app else ("10% off your first order", "Sign me up")
-    card = ui.column(ui.column(ui.spacer("fill"), ui.icon("heart" if app else "mail", 200, "#ffffff"), ui.spacer("fill"), width="fill", height=440, align="center", bg=shop["color"]),
-                     ui.column(ui.text(head, 56, bold=True), ui.text(f"Join a million friends of {shop['name']}.", 40, ui.MUTED),
-                               ui.button(label, ("lead away",), color=shop["color"], role="install button", width="fill"), gap=32, pad=(48, 48), align="center", width="fill"),
-                     width=864, bg=ui.WHITE, radius=32)
+    if app: head, label, glyph = "Shop faster in our app", "Get the app", "heart"
+    else: head, label, glyph = "10% off your first order", "Sign me up", "mail"
+    art = ui.column(ui.spacer("fill"), ui.icon(glyph, 200, "#ffffff"), ui.spacer("fill"), width="fill", height=440,
+                    align="center", bg=shop["color"])
+    words = ui.column(ui.text(head, 56, bold=True), ui.text(f"Join a million friends of {shop['name']}.", 40, ui.MUTED),
+                      ui.button(label, ("lead away",), color=shop["color"], role="install button", width="fill"),
+                      gap=32, pad=(48, 48), align="center", width="fill")
+    card = ui.column(art, words, width=864, bg=ui.WHITE, radius=32)
     return ui.stack(card, ui.close_x(("dismiss",), place=side), place=(0.45, 0.5))
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-024
-def shop_view(
-    page:dict,  # on show
-    state:dict, # of the browser
-    ep:Episode, # the episode
-) -> "ui.Node":
-    "A shop's page below the address bar."
-    shop = ep.world["shops"][page["site"]]
-    searching = state["focus"] == "search"
-    offer = ui.row(ui.text(draw(("Free delivery over 30", "Sale ends tonight", "New: gift cards"), ep.seed, "offer", page["site"]), 36, "#ffffff"), width="fill", height=72, pad=(12, 32),
-                   align="center", bg=ui.mix(shop["color"], "#000000", 0.4), role="banner") if ep.stands("strip", page["site"]) else None
-    if searching and not (shop["layout"] == "hero" and page["kind"] == "home"): body = shop_suggestions(ep, page, state["fields"]["search"])
-    else:
-        margin = ep.shift((24, 16, 32), "margin")
-        body = ui.scroll(ui.column(*SHOP_PAGES[page["kind"]](page, state, shop, ep), ui.spacer(80), width="fill", pad=(24, margin), gap=20), "page", page.get("scroll", 0), bg=ui.SURFACE)
-    bar = ui.row(search_field(state, f"Search {shop['name']}"), width="fill", pad=(20, 32), bg=ui.WHITE, elevation=8) if shop["layout"] == "bottom" else None
-    content = ui.column(offer, header(shop, page, state), body, bar, ui.spacer(ui.KEYBOARD - 48) if searching else None, width="fill", height="fill")
-    if page.get("popup"): return ui.stack(content, ui.scrim(), invitation(shop, page["popup"] == "app"), width="fill", height="fill")
-    if asks_consent(state, page, ep): return ui.stack(content, ui.scrim(), consent_sheet(shop, state["settings"]), width="fill", height="fill")
-    return content
-
 def asks_consent(
     state:dict, # of the browser
     page:dict,  # on show
@@ -278,3 +336,42 @@ def asks_consent(
 ) -> bool:
     "Whether the page is covered by its shop's question for consent."
     return "site" in page and page["site"] not in state["consent"] and ep.stands("consent", page["site"])
+
+# %% ../../nbs/phone/33_shops.ipynb #33-040
+def shop_view(
+    page:dict,  # on show
+    state:dict, # of the browser
+    ep:Episode, # the episode
+) -> "ui.Node":
+    "A shop's page below the address bar."
+    shop = ep.world["shops"][page["site"]]
+    content = _shop_content(shop, page, state, ep)
+    if page.get("popup"): cover = invitation(shop, page["popup"] == "app")
+    elif asks_consent(state, page, ep): cover = consent_sheet(shop, state["settings"])
+    else: return content
+    return ui.stack(content, ui.scrim(), cover, width="fill", height="fill")
+
+# %% ../../nbs/phone/33_shops.ipynb #33-041
+def _shop_content(shop, page, state, ep):
+    "The page without what covers it."
+    searching = state["focus"] == "search"
+    hero_home = shop["layout"] == "hero" and page["kind"] == "home"  # its field is part of the body
+    if searching and not hero_home: body = shop_suggestions(ep, page, state["fields"]["search"])
+    else: body = _shop_body(shop, page, state, ep)
+    offer = _offer_strip(shop, ep) if ep.stands("strip", page["site"]) else None
+    bar = ui.row(search_field(state, f"Search {shop['name']}"), width="fill", pad=(20, 32), bg=ui.WHITE,
+                 elevation=8) if shop["layout"] == "bottom" else None
+    room = ui.spacer(ui.KEYBOARD - 48) if searching else None
+    return ui.column(offer, header(shop, page, state), body, bar, room, width="fill", height="fill")
+
+# %% ../../nbs/phone/33_shops.ipynb #33-042
+def _shop_body(shop, page, state, ep):
+    "What `SHOP_PAGES` makes of the page, scrolled."
+    parts = SHOP_PAGES[page["kind"]](page, state, shop, ep)
+    column = ui.column(*parts, ui.spacer(80), width="fill", pad=(24, ep.shift((24, 16, 32), "margin")), gap=20)
+    return ui.scroll(column, "page", page.get("scroll", 0), bg=ui.SURFACE)
+
+def _offer_strip(shop, ep):
+    words = draw(("Free delivery over 30", "Sale ends tonight", "New: gift cards"), ep.seed, "offer", shop["domain"])
+    return ui.row(ui.text(words, 36, "#ffffff"), width="fill", height=72, pad=(12, 32), align="center",
+                  bg=ui.mix(shop["color"], "#000000", 0.4), role="banner")

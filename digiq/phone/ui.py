@@ -24,6 +24,7 @@ def keep_blocks():
     "Let Pillow keep the memory of dropped pictures for the next ones, in this process."
     Image.core.set_blocks_max(max(32, Image.core.get_blocks_max()))
 
+# %% ../../nbs/phone/30_ui.ipynb #30-002
 SIZE = (1080, 2400)
 INK, MUTED, LINE, PAPER, SURFACE, WHITE = "#1f1f1f", "#5f6368", "#dadce0", "#ffffff", "#eef1f6", "#ffffff"
 BLUE, RED, GREEN, AMBER = "#0b57d0", "#c5221f", "#188038", "#ff9500"
@@ -45,6 +46,7 @@ def mix(
     "A colour between two."
     return "#%02x%02x%02x" % tuple(round(p + (q - p) * t) for p, q in zip(rgb(a), rgb(b)))
 
+# %% ../../nbs/phone/30_ui.ipynb #30-003
 def on_color(
     bg: str,  # a background
 ) -> str:     # WHITE or INK
@@ -60,6 +62,7 @@ KINDS = {  # kind: (flow of the children, Android widget class)
     "text": ("leaf", "widget.TextView"), "icon": ("leaf", "widget.ImageView"), "picture": ("leaf", "widget.ImageView"),
     "spinner": ("leaf", "widget.ProgressBar"), "space": ("leaf", "view.View"), "scrim": ("leaf", "view.View")}
 
+# %% ../../nbs/phone/30_ui.ipynb #30-007
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     "One widget. Made by `node`, which returns the same object for the same fields."
@@ -89,6 +92,7 @@ class Node:
     offset: int = 0             # of a scroll
     focused: bool = False
 
+# %% ../../nbs/phone/30_ui.ipynb #30-008
 node = lru_cache(1 << 15)(Node)
 
 # %% ../../nbs/phone/30_ui.ipynb #10-015
@@ -106,6 +110,7 @@ def column(
     "Children from top to bottom; fills the width."
     return node("column", tuple(c for c in children if c), **{"width": "fill", **style})
 
+# %% ../../nbs/phone/30_ui.ipynb #30-009
 def stack(
     *children,  # nodes, bottom-most first; None is skipped
     **style,    # fields of `Node`
@@ -140,6 +145,7 @@ def spacer(
     "Empty room between children."
     return node("space", width=size, height=size)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-011
 def divider(
     color: str = LINE,  # of the line
 ) -> Node:
@@ -160,6 +166,7 @@ def spinner(
     "An indeterminate progress circle."
     return node("spinner", size=size, seed=phase % 12, color=BLUE, role="spinner", desc="Loading")
 
+# %% ../../nbs/phone/30_ui.ipynb #30-013
 def scrim(
     on: tuple | None = None,  # event of a tap, or None to swallow it
 ) -> Node:
@@ -187,6 +194,10 @@ def font(
     return ImageFont.load_default(px)
 
 @lru_cache(1 << 14)
+def _word_width(word, px): return int(font(px).getlength(word) + .99)
+
+# %% ../../nbs/phone/30_ui.ipynb #30-015
+@lru_cache(1 << 14)
 def text_width(
     s: str,      # one line
     size: int,   # logical px
@@ -194,9 +205,6 @@ def text_width(
 ) -> int:        # logical px, a multiple of 4
     "Width of a line of text."
     return 4 * (_spans(s, size / 4)[1] + bold) if s else 0
-
-@lru_cache(1 << 14)
-def _word_width(word, px): return int(font(px).getlength(word) + .99)
 
 def _spans(s, px):
     "Words of a line with their x, and the width of all. Spaces are set here: the font's own are too narrow at small sizes."
@@ -206,6 +214,7 @@ def _spans(s, px):
         x += _word_width(word, px) + space
     return out, max(1, x - space)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-018
 @lru_cache(1 << 13)
 def wrap(
     s: str,      # text
@@ -215,16 +224,18 @@ def wrap(
     lines: int,  # at most so many; -1 for one line of which the end is shown
 ) -> tuple:      # of strings
     "Breaks text at spaces; cuts what does not fit with an ellipsis."
-    if lines == -1: return (s if text_width(s, size, bold) <= width else _cut(s[::-1], size, bold, width)[::-1],)
+    fits = lambda line: text_width(line, size, bold) <= width
+    if lines == -1: return (s if fits(s) else _cut(s[::-1], size, bold, width)[::-1],)
     out, words = [], s.split(" ") if lines > 1 else [s]
     while words and len(out) < lines:
         n = 1
-        while n < len(words) and text_width(" ".join(words[:n + 1]), size, bold) <= width: n += 1
+        while n < len(words) and fits(" ".join(words[:n + 1])): n += 1
         out.append(" ".join(words[:n]))
         words = words[n:]
     if words: out[-1] += " " + words[0]
-    return tuple(l if text_width(l, size, bold) <= width else _cut(l, size, bold, width) for l in out)
+    return tuple(l if fits(l) else _cut(l, size, bold, width) for l in out)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-019
 def _cut(s, size, bold, width):
     "The longest beginning of `s` that fits with an ellipsis behind it."
     n = len(s)
@@ -239,6 +250,7 @@ def _padding(n):
     if isinstance(n.pad, int): return n.pad, n.pad, n.pad, n.pad
     return n.pad * 2 if len(n.pad) == 2 else n.pad
 
+# %% ../../nbs/phone/30_ui.ipynb #30-023
 @lru_cache(1 << 15)
 def measure(
     n: Node,     # a widget
@@ -246,21 +258,22 @@ def measure(
 ) -> tuple:      # (width, height) it wants
     "The size of a node in a given width; heights are as high as the content."
     t, r, b, l = _padding(n)
-    flow = KINDS[n.kind][0]
     full = n.width if isinstance(n.width, int) else avail
-    inner = full - l - r
-    if flow == "leaf": w, h = _leaf_size(n, inner)
-    elif flow == "row":
-        ws = _row_widths(n, inner)
-        w = sum(ws) + n.gap * max(0, len(ws) - 1)
-        h = max([measure(c, cw)[1] for c, cw in zip(n.children, ws)], default=0)
-    else:
-        sizes = [measure(c, inner) for c in n.children]
-        w = max([s[0] for s in sizes], default=0)
-        h = (max if flow == "stack" else sum)([s[1] for s in sizes] or [0])
-        if flow == "column": h += n.gap * max(0, len(sizes) - 1)
+    w, h = _inner_size(n, full - l - r)
     return (min(avail, _grid(w + l + r)) if n.width == "wrap" else full,
             n.height if isinstance(n.height, int) else _grid(h + t + b))
+
+# %% ../../nbs/phone/30_ui.ipynb #30-024
+def _inner_size(n, inner):
+    "Size of what is inside the padding, `inner` px being there across."
+    flow, gaps = KINDS[n.kind][0], n.gap * max(0, len(n.children) - 1)
+    if flow == "leaf": return _leaf_size(n, inner)
+    if flow == "row":
+        ws = _row_widths(n, inner)
+        return sum(ws) + gaps, max([measure(c, cw)[1] for c, cw in zip(n.children, ws)], default=0)
+    sizes = [measure(c, inner) for c in n.children]
+    w, hs = max([s[0] for s in sizes], default=0), [s[1] for s in sizes] or [0]
+    return w, sum(hs) + gaps if flow == "column" else max(hs) if flow == "stack" else sum(hs)
 
 def _leaf_size(n, inner):
     "Size of what a leaf draws."
@@ -269,6 +282,7 @@ def _leaf_size(n, inner):
         return max([text_width(l, n.size, n.bold) for l in ls], default=0), len(ls) * _grid(n.size * 1.3)
     return (n.size, n.size) if n.kind in ("icon", "spinner") else (0, 0)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-025
 def _shares(total, n):
     "Splits what is left on the grid of 4 among `n` children."
     each = max(0, total) // n // 4 * 4 if n else 0
@@ -295,35 +309,43 @@ def arrange(
     h: int,   # its height
 ) -> tuple:   # of (child, x, y, width, height), relative to the node
     "Where the children of a node go."
+    place = _PLACE.get(KINDS[n.kind][0])
+    if not place: return ()
     t, r, b, l = _padding(n)
-    iw, ih, flow = w - l - r, h - t - b, KINDS[n.kind][0]
-    at, out = _ALIGN[n.align], []
-    if flow == "row":
-        x = l
-        for c, cw in zip(n.children, _row_widths(n, iw)):
-            ch = ih if c.height == "fill" else min(measure(c, cw)[1], ih)
-            out.append((c, x, t + _snap((ih - ch) * at), cw, ch))
-            x += cw + n.gap
-    elif flow == "column":
-        hs = [None if c.height == "fill" else measure(c, iw)[1] for c in n.children]
-        fill = iter(_shares(ih - sum(x or 0 for x in hs) - n.gap * max(0, len(hs) - 1), hs.count(None)))
-        y = t
-        for c, ch in zip(n.children, hs):
-            cw, ch = min(measure(c, iw)[0], iw), next(fill) if ch is None else ch
-            out.append((c, l + _snap((iw - cw) * at), y, cw, ch))
-            y += ch + n.gap
-    elif flow == "stack":
-        for c in n.children:
-            cw, ch = measure(c, iw)
-            ch = ih if c.height == "fill" else ch
-            out.append((c, l + _snap((iw - cw) * c.place[1]), t + _snap((ih - ch) * c.place[0]), cw, ch))
-    elif flow == "scroll":
-        c = n.children[0]
-        cw, ch = measure(c, iw)
-        out.append((c, l, t - min(max(n.offset, 0), max(0, ch - ih)), cw, max(ch, ih)))
-    return tuple(out)
+    return tuple(place(n, l, t, w - l - r, h - t - b))
 
 def _snap(x): return int(x) // 4 * 4
+
+# %% ../../nbs/phone/30_ui.ipynb #30-030
+def _place_row(n, l, t, w, h):
+    at, x = _ALIGN[n.align], l
+    for c, cw in zip(n.children, _row_widths(n, w)):
+        ch = h if c.height == "fill" else min(measure(c, cw)[1], h)
+        yield c, x, t + _snap((h - ch) * at), cw, ch
+        x += cw + n.gap
+
+def _place_column(n, l, t, w, h):
+    at, y = _ALIGN[n.align], t
+    hs = [None if c.height == "fill" else measure(c, w)[1] for c in n.children]
+    fill = iter(_shares(h - sum(x or 0 for x in hs) - n.gap * max(0, len(hs) - 1), hs.count(None)))
+    for c, ch in zip(n.children, hs):
+        cw, ch = min(measure(c, w)[0], w), next(fill) if ch is None else ch
+        yield c, l + _snap((w - cw) * at), y, cw, ch
+        y += ch + n.gap
+
+# %% ../../nbs/phone/30_ui.ipynb #30-032
+def _place_stack(n, l, t, w, h):
+    for c in n.children:
+        cw, ch = measure(c, w)
+        ch = h if c.height == "fill" else ch
+        yield c, l + _snap((w - cw) * c.place[1]), t + _snap((h - ch) * c.place[0]), cw, ch
+
+def _place_scroll(n, l, t, w, h):
+    c = n.children[0]
+    cw, ch = measure(c, w)
+    yield c, l, t - min(max(n.offset, 0), max(0, ch - h)), cw, max(ch, h)
+
+_PLACE = {"row": _place_row, "column": _place_column, "stack": _place_stack, "scroll": _place_scroll}
 
 # %% ../../nbs/phone/30_ui.ipynb #10-025
 class Placed(NamedTuple):
@@ -338,6 +360,7 @@ def _cut_box(a, b):
     x0, y0, x1, y1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
+# %% ../../nbs/phone/30_ui.ipynb #30-034
 def _uncovered(box, covers):
     "What `covers` leave of a box, or None."
     for c in covers:
@@ -376,6 +399,7 @@ def layout(
     visit(root, 0, 0, *size, (0, 0, *size), (), -1)
     return tuple(out)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-036
 def _solid(n, x, y, w, h, ox=0, oy=0):
     "The boxes in which a node hides what lies below it."
     x, y = x + ox, y + oy
@@ -398,6 +422,7 @@ def hit(
     "The top-most node with an event under a point."
     return next((n for n, _, _ in reversed(_path(root, *SIZE, x, y) or []) if n.on), None)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-038
 def scroll_at(
     root: Node,  # a screen
     x: float,    # logical px
@@ -430,6 +455,7 @@ def words(
     if n.kind == "icon": return n.desc
     return n.text if n.text and n.kind != "picture" else " ".join(filter(None, map(words, n.children))) or n.desc
 
+# %% ../../nbs/phone/30_ui.ipynb #30-040
 @lru_cache(256)
 def elements(
     root: Node,  # a screen
@@ -441,9 +467,11 @@ def elements(
         role = n.role or ("text" if n.kind == "text" and not inside[-1] else "")
         if role and seen:
             x0, y0, x1, y1 = seen
-            out.append(Element(role, words(n), (y0 / h, x0 / w, y1 / h, x1 / w), n.on is not None, n.id, n.focused, n.on))
+            out.append(Element(role, words(n), (y0 / h, x0 / w, y1 / h, x1 / w), n.on is not None,
+                               n.id, n.focused, n.on))
     return out[::-1]
 
+# %% ../../nbs/phone/30_ui.ipynb #30-041
 def find(
     root: Node,              # a screen
     role: str | None = None, # only of this role
@@ -452,6 +480,7 @@ def find(
     "Visible elements of a role or an id, in reading order."
     return [e for e in reversed(elements(root)) if role in (None, e.role) and id in (None, e.id)]
 
+# %% ../../nbs/phone/30_ui.ipynb #30-043
 def dump(
     root: Node,                         # a screen
     package: str = "com.android.phone", # package of every node
@@ -461,26 +490,29 @@ def dump(
     made = []
     for n, _, seen, parent in layout(root):
         above = made[parent] if parent >= 0 else top
-        if above is None or not seen:
-            made.append(None)
-            continue
-        yes = lambda flag: "true" if flag else "false"
-        made.append(ET.SubElement(above, "node", {
-            "index": str(len(above)), "text": n.text if n.kind in ("text", "field", "key") else "",
-            "resource-id": f"{package}:id/{n.id}" if n.id else "", "class": "android." + KINDS[n.kind][1], "package": package,
-            "content-desc": n.desc, "clickable": yes(n.on), "enabled": "true", "focusable": yes(n.kind == "field"),
-            "focused": yes(n.focused), "scrollable": yes(n.kind == "scroll"),
-            "bounds": "[{},{}][{},{}]".format(*map(int, seen))}))
+        shown = above is not None and seen
+        made.append(ET.SubElement(above, "node", _attributes(n, seen, len(above), package)) if shown else None)
     return "<?xml version='1.0' encoding='UTF-8' standalone='yes' ?>" + ET.tostring(top, encoding="unicode")
+
+def _attributes(n, seen, index, package):
+    yes = lambda flag: "true" if flag else "false"
+    return {"index": str(index), "text": n.text if n.kind in ("text", "field", "key") else "",
+            "resource-id": f"{package}:id/{n.id}" if n.id else "", "class": "android." + KINDS[n.kind][1],
+            "package": package, "content-desc": n.desc, "clickable": yes(n.on), "enabled": "true",
+            "focusable": yes(n.kind == "field"), "focused": yes(n.focused), "scrollable": yes(n.kind == "scroll"),
+            "bounds": "[{},{}][{},{}]".format(*map(int, seen))}
 
 # %% ../../nbs/phone/30_ui.ipynb #10-035
 @lru_cache(2048)
 def _mask(w, h, r, flat=False):
     "A filled rounded rectangle, 0..255."
     big = Image.new("L", (w * 4, h * 4))
-    ImageDraw.Draw(big).rounded_rectangle((0, 0, w * 4 - 1, h * 4 - 1), min(r * 4, w * 2, h * 2), fill=255, corners=(True, True, not flat, not flat))
+    corners = (True, True, not flat, not flat)
+    ImageDraw.Draw(big).rounded_rectangle((0, 0, w * 4 - 1, h * 4 - 1), min(r * 4, w * 2, h * 2),
+                                          fill=255, corners=corners)
     return big.reduce(4)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-045
 @lru_cache(1024)
 def _ring(w, h, r, t):
     "The outline of a rounded rectangle, `t` px thick."
@@ -496,6 +528,7 @@ def _shadow(w, h, r, e):
         m.paste(round(70 * ((i + 1) / e) ** 2), (i, i), _mask(w + 2 * (e - i), h + 2 * (e - i), r + e - i))
     return m
 
+# %% ../../nbs/phone/30_ui.ipynb #30-046
 @lru_cache(1 << 13)
 def _glyphs(word, px, bold):
     "A word as a mask, with its baseline at 1.02 `px`. Bold is the word again, a twentieth of its size to the right."
@@ -508,7 +541,7 @@ def _glyphs(word, px, bold):
 
 # %% ../../nbs/phone/30_ui.ipynb #10-036
 def _put(im, what, x, y, mask=None):
-    "Pastes a picture, or through a mask a colour, without the checks of `Image.paste`, which take longer than the pasting."
+    "Pastes a picture, or a colour through a mask, without the checks of `Image.paste`: they take longer than the pasting."
     w, h = (mask or what).size
     im.im.paste(what if isinstance(what, tuple) else what.im, (x, y, x + w, y + h), *([mask.im] if mask else []))
 
@@ -519,7 +552,10 @@ def _block(n, w, h, s):
     _content(im, n, 0, 0, w, h, s)
     return im
 
-_BLOCKS = (100_000, lru_cache(2048)(_block)), (1_000_000, lru_cache(384)(_block)), (10**9, lru_cache(24)(_block))  # by area: about 100 MB when full
+# %% ../../nbs/phone/30_ui.ipynb #30-050
+_BLOCKS = ((100_000, lru_cache(2048)(_block)),    # by area, logical px
+           (1_000_000, lru_cache(384)(_block)),
+           (10**9, lru_cache(24)(_block)))
 
 def _draw(im, n, x, y, w, h, s):
     "Draws a node at (x, y), logical px relative to the picture."
@@ -534,6 +570,7 @@ def _draw(im, n, x, y, w, h, s):
         im.paste((0, 0, 0), (at[0] - e, at[1] - e + e // 3), _shadow(*block.size, r, e))
     _put(im, block, *at, _mask(*block.size, r, n.flat) if n.radius else None)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-051
 def _content(im, n, x, y, w, h, s):
     "Draws what is inside a node, then its border."
     if paint_leaf := _LEAVES.get(n.kind): paint_leaf(im, n, x, y, w, h, s)
@@ -542,7 +579,8 @@ def _content(im, n, x, y, w, h, s):
         if y + cy < bottom and y + cy + ch > 0: _draw(im, c, x + cx, y + cy, cw, ch, s)
     if n.border:
         size = max(1, round(w * s)), max(1, round(h * s))
-        _put(im, rgb(n.border[1]), round(x * s), round(y * s), _ring(*size, round(n.radius * s), max(1, round(n.border[0] * s))))
+        ring = _ring(*size, round(n.radius * s), max(1, round(n.border[0] * s)))
+        _put(im, rgb(n.border[1]), round(x * s), round(y * s), ring)
 
 # %% ../../nbs/phone/30_ui.ipynb #10-037
 def _paint_text(im, n, x, y, w, h, s):
@@ -551,16 +589,20 @@ def _paint_text(im, n, x, y, w, h, s):
     ink, px = rgb(n.color), n.size * s
     for i, line in enumerate(lines):
         spans, wide = _spans(line, px)
-        k = min(1, text_width(line, n.size, n.bold) * s / wide)  # 1 at a quarter; elsewhere the font's widths are not quite proportional
+        k = min(1,
+                text_width(line, n.size, n.bold) * s / wide)  # 1 at a quarter; the font's widths are not proportional
         for at, word in spans:
-            if word: _put(im, ink, round((x + l) * s + at * k), round((y + t + i * high) * s), _glyphs(word, px, n.bold))
+            if word: _put(im, ink, round((x + l) * s + at * k), round((y + t + i * high) * s),
+                          _glyphs(word, px, n.bold))
 
+# %% ../../nbs/phone/30_ui.ipynb #30-053
 _DIM = [round(v * .45) for v in range(256)] * 3
 
 def _paint_scrim(im, n, x, y, w, h, s):
     box = tuple(round(v * s) for v in (x, y, x + w, y + h))
     im.paste(im.crop(box).point(_DIM), box)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-054
 def _paint_spinner(im, n, x, y, w, h, s):
     m = _arc(max(4, round(n.size * s)), n.seed)
     im.paste(rgb(n.color), (round(x * s), round(y * s)), m)
@@ -573,6 +615,7 @@ def _arc(px, phase):
 
 _LEAVES = {"text": _paint_text, "scrim": _paint_scrim, "spinner": _paint_spinner}
 
+# %% ../../nbs/phone/30_ui.ipynb #30-055
 def paint(
     root: Node,          # a screen
     scale: float = .25,  # pixels of the picture a logical px
@@ -586,44 +629,63 @@ def paint(
 ICONS = {
     "back": "l 20 12 5 12;l 11 5 4 12 11 19", "right": "l 9 5 16 12 9 19", "down": "l 5 9 12 16 19 9",
     "close": "l 5 5 19 19;l 5 19 19 5", "search": "o 3 3 16 16;l 14.5 14.5 21 21",
-    "cart": "l 2 4 5 4 8 15 18 15 21 7 6 7;d 7 18 10 21;d 16 18 19 21", "menu": "l 3 6 21 6;l 3 12 21 12;l 3 18 21 18",
+    "cart": "l 2 4 5 4 8 15 18 15 21 7 6 7;d 7 18 10 21;d 16 18 19 21",
+    "menu": "l 3 6 21 6;l 3 12 21 12;l 3 18 21 18",
     "home": "p 12 3 2 12 5 12 5 21 10 21 10 15 14 15 14 21 19 21 19 12 22 12",
     "star": "p 12 2 15 9 22 9.5 16.5 14 18.5 21.5 12 17.5 5.5 21.5 7.5 14 2 9.5 9 9",
-    "lock": "p 5 10 19 10 19 21 5 21;a 8 3 16 15 180 360", "plus": "l 12 4 12 20;l 4 12 20 12", "minus": "l 4 12 20 12",
-    "tabs": "l 4 4 20 4 20 20 4 20 4 4", "mic": "l 12 5 12 11;d 9 2 15 8;d 9 8 15 14;a 6 5 18 17 0 180;l 12 17 12 22",
+    "lock": "p 5 10 19 10 19 21 5 21;a 8 3 16 15 180 360", "plus": "l 12 4 12 20;l 4 12 20 12",
+    "minus": "l 4 12 20 12", "tabs": "l 4 4 20 4 20 20 4 20 4 4",
+    "mic": "l 12 5 12 11;d 9 2 15 8;d 9 8 15 14;a 6 5 18 17 0 180;l 12 17 12 22",
     "more": "d 10 3 14 7;d 10 10 14 14;d 10 17 14 21", "heart": "d 2 4 13 15;d 11 4 22 15;p 3 12 21 12 12 21.5",
-    "user": "d 8 3 16 11;d 4 13 20 29", "check": "l 4 13 9 18 20 6", "clock": "o 2 2 22 22;l 12 6 12 12 16 15",
-    "phone": "a 3 -6 27 18 80 190;d 3 2 9 8;d 16 15 22 21", "camera": "p 2 7 8 7 9 4 15 4 16 7 22 7 22 20 2 20;e 7 8 17 18;d 9 10 15 16",
-    "mail": "l 2 5 22 5 22 19 2 19 2 5;l 2 6 12 13 22 6", "gear": "d 4 4 20 20;l 12 1 12 23;l 1 12 23 12;l 4 4 20 20;l 4 20 20 4;e 8 8 16 16",
-    "play": "p 6 3 21 12 6 21", "map": "d 5 2 19 16;p 5.5 11 18.5 11 12 22;e 9 6 15 12", "music": "l 9 18 9 4 20 3 20 16;d 4 15 10 21;d 15 13 21 19",
-    "sun": "d 7 7 17 17;l 12 1 12 4;l 12 20 12 23;l 1 12 4 12;l 20 12 23 12;l 4 4 6 6;l 18 18 20 20;l 4 20 6 18;l 18 6 20 4",
-    "calendar": "l 3 5 21 5 21 21 3 21 3 5;l 3 9 21 9;l 7 2 7 5;l 17 2 17 5;d 13 14 18 19", "folder": "p 2 5 9 5 11 8 22 8 22 20 2 20",
-    "filter": "l 2 5 22 5;l 6 12 18 12;l 10 19 14 19", "share": "d 2 9 8 15;d 15 2 21 8;d 15 16 21 22;l 5 12 18 5;l 5 12 18 19",
-    "trash": "p 5 8 19 8 18 22 6 22;l 3 5 21 5;l 9 3 15 3", "wifi": "a 0 4 24 28 225 315;a 5 9 19 23 225 315;d 10 17 14 21",
-    "battery": "p 7 5 17 5 17 22 7 22;p 10 2 14 2 14 6 10 6", "signal": "p 2 21 21 2 21 21", "shift": "l 12 4 3 13 8 13 8 20 16 20 16 13 21 13 12 4",
-    "erase": "l 8 5 22 5 22 19 8 19 2 12 8 5;l 11 9 17 15;l 11 15 17 9", "enter": "l 20 5 20 13 5 13;l 9 8 4 13 9 18", "globe": "o 2 2 22 22;l 2 12 22 12;l 12 2 12 22;o 7 2 17 22",
-    "tag": "p 2 2 12 2 22 12 12 22 2 12;e 4 4 8 8", "gift": "p 3 11 21 11 21 21 3 21;p 2 6 22 6 22 10 2 10;o 6 1 12 6;o 12 1 18 6"}
+    "user": "d 8 3 16 11;d 4 13 20 29", "check": "l 4 13 9 18 20 6", "clock": "o 2 2 22 22;l 12 6 12 12 16 15"}
 
+# %% ../../nbs/phone/30_ui.ipynb #30-057
+ICONS |= {
+    "phone": "a 3 -6 27 18 80 190;d 3 2 9 8;d 16 15 22 21",
+    "camera": "p 2 7 8 7 9 4 15 4 16 7 22 7 22 20 2 20;e 7 8 17 18;d 9 10 15 16",
+    "mail": "l 2 5 22 5 22 19 2 19 2 5;l 2 6 12 13 22 6",
+    "gear": "d 4 4 20 20;l 12 1 12 23;l 1 12 23 12;l 4 4 20 20;l 4 20 20 4;e 8 8 16 16", "play": "p 6 3 21 12 6 21",
+    "map": "d 5 2 19 16;p 5.5 11 18.5 11 12 22;e 9 6 15 12",
+    "music": "l 9 18 9 4 20 3 20 16;d 4 15 10 21;d 15 13 21 19",
+    "sun": "d 7 7 17 17;l 12 1 12 4;l 12 20 12 23;l 1 12 4 12;l 20 12 23 12;l 4 4 6 6;l 18 18 20 20;"
+           "l 4 20 6 18;l 18 6 20 4",
+    "calendar": "l 3 5 21 5 21 21 3 21 3 5;l 3 9 21 9;l 7 2 7 5;l 17 2 17 5;d 13 14 18 19",
+    "folder": "p 2 5 9 5 11 8 22 8 22 20 2 20", "filter": "l 2 5 22 5;l 6 12 18 12;l 10 19 14 19",
+    "share": "d 2 9 8 15;d 15 2 21 8;d 15 16 21 22;l 5 12 18 5;l 5 12 18 19",
+    "trash": "p 5 8 19 8 18 22 6 22;l 3 5 21 5;l 9 3 15 3",
+    "wifi": "a 0 4 24 28 225 315;a 5 9 19 23 225 315;d 10 17 14 21",
+    "battery": "p 7 5 17 5 17 22 7 22;p 10 2 14 2 14 6 10 6", "signal": "p 2 21 21 2 21 21",
+    "shift": "l 12 4 3 13 8 13 8 20 16 20 16 13 21 13 12 4",
+    "erase": "l 8 5 22 5 22 19 8 19 2 12 8 5;l 11 9 17 15;l 11 15 17 9", "enter": "l 20 5 20 13 5 13;l 9 8 4 13 9 18",
+    "globe": "o 2 2 22 22;l 2 12 22 12;l 12 2 12 22;o 7 2 17 22", "tag": "p 2 2 12 2 22 12 12 22 2 12;e 4 4 8 8",
+    "gift": "p 3 11 21 11 21 21 3 21;p 2 6 22 6 22 10 2 10;o 6 1 12 6;o 12 1 18 6"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-058
 @lru_cache(1024)
 def _icon_mask(name, px):
+    "An icon as a mask, drawn four times too large."
     big, k = Image.new("L", (px * 4, px * 4)), px * 4 / 24
     d, wide = ImageDraw.Draw(big), max(4, round(2.2 * px * 4 / 24))
     for part in ICONS[name].split(";"):
         op, *v = part.split()
-        v = [float(x) * (k if op != "a" or i < 4 else 1) for i, x in enumerate(v)]
-        if op == "l":
-            d.line(v, 255, wide, joint="curve")
-            for i in (0, len(v) - 2): d.ellipse((v[i] - wide / 2, v[i + 1] - wide / 2, v[i] + wide / 2, v[i + 1] + wide / 2), 255)
+        v = [float(x) * (k if op != "a" or i < 4 else 1) for i, x in enumerate(v)]  # the angles of an arc stay
+        if op == "l": _rounded_line(d, v, wide)
         elif op == "p": d.polygon(v, 255)
         elif op == "o": d.ellipse(v, None, 255, wide)
         elif op == "a": d.arc(v[:4], v[4], v[5], 255, wide)
         else: d.ellipse(v, 255 if op == "d" else 0)
     return big.reduce(4)
 
+def _rounded_line(d, v, wide):
+    d.line(v, 255, wide, joint="curve")
+    for x, y in (v[:2], v[-2:]): d.ellipse((x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2), 255)
+
+# %% ../../nbs/phone/30_ui.ipynb #30-059
 def _paint_icon(im, n, x, y, w, h, s):
     t, r, b, l = _padding(n)
     _put(im, rgb(n.color), round((x + l) * s), round((y + t) * s), _icon_mask(n.text, max(4, round(n.size * s))))
 
+# %% ../../nbs/phone/30_ui.ipynb #30-060
 _LEAVES["icon"] = _paint_icon
 
 def icon(
@@ -637,58 +699,126 @@ def icon(
     return node("icon", text=name, size=size, color=color, **style)
 
 # %% ../../nbs/phone/30_ui.ipynb #10-042
-OUTLINES = {  # on a 100x100 field: p polygon, d disc, r rounded box, l line, a arch, e hole, each with a shade 0..9 (0 light, 5 plain, 9 dark)
-    "backpack": "a8 38 8 62 30;r5 24 20 76 86;r7 32 54 68 78;l3 40 36 60 36", "bag": "a8 36 14 64 60;p5 22 38 78 38 84 86 16 86;d3 46 56 54 64",
-    "basket": "a8 24 16 76 80;p5 16 46 84 46 74 84 26 84;l7 22 58 78 58;l7 25 70 75 70", "belt": "d5 10 34 90 68;e 18 41 82 61;r8 40 58 60 76;r2 45 62 55 72",
-    "bench": "r5 12 30 88 38;r5 12 44 88 52;r7 10 58 90 66;l8 20 66 20 86;l8 80 66 80 86", "bicycle": "d8 8 46 44 82;e 14 52 38 76;d8 56 46 92 82;e 62 52 86 76;l5 26 64 42 38 68 38 74 64;l5 42 38 52 64 68 38;l8 36 34 48 34;l8 66 30 76 28",
-    "blanket": "r5 20 20 80 84;l2 20 36 80 36;l2 20 52 80 52;l7 20 68 80 68;p3 60 84 80 64 80 84", "boots": "p5 34 14 58 14 58 58 82 68 82 80 34 80;r8 32 80 84 87;l2 42 30 52 30;l2 42 40 52 40",
-    "bottle": "r8 43 10 57 22;r5 44 20 56 36;r5 34 34 66 88;r2 34 52 66 70", "bowl": "d5 16 10 84 80;e 10 6 90 44;d7 16 36 84 52;r8 38 78 62 84",
-    "box": "r5 18 32 82 84;r7 18 32 82 46;r2 44 32 56 84", "bracelet": "d5 18 28 82 78;e 26 36 74 70;d2 45 20 57 32;d8 24 26 34 36;d8 68 26 78 36",
-    "camera": "r8 38 24 62 34;r5 14 32 86 78;d8 34 36 66 72;d2 42 44 58 62;d3 74 38 80 44", "candle": "d2 45 10 55 32;l8 50 28 50 38;r5 36 36 64 84;r7 28 82 72 88",
-    "chair": "r5 32 14 68 50;r7 26 52 74 62;l8 30 62 26 90;l8 70 62 74 90", "clock": "d8 18 18 82 82;d0 25 25 75 75;l8 50 34 50 50 62 58",
-    "curtain": "r8 10 12 90 18;p5 14 18 46 18 34 54 38 86 14 86;p5 86 18 54 18 66 54 62 86 86 86;l7 24 20 24 84;l7 76 20 76 84", "desk": "r5 10 36 90 44;r7 54 44 86 70;l2 64 57 76 57;l8 16 44 16 84;l8 84 70 84 84;l8 56 70 56 84",
-    "dress": "p5 38 12 62 12 60 40 82 86 18 86 40 40;p7 40 38 60 38 61 44 39 44;d2 42 6 58 22", "frame": "r8 18 14 82 86;r1 26 22 74 78;p5 28 76 44 46 56 62 64 52 72 76;d4 56 28 66 38",
-    "globe": "d5 24 10 76 62;d3 34 20 52 38;d3 54 38 68 54;a8 18 6 82 70;l8 50 62 50 80;r8 32 80 68 87", "hammock": "l8 12 20 12 86;l8 88 20 88 86;p5 14 36 32 60 50 66 68 60 86 36 72 72 50 80 28 72",
-    "hat": "d5 30 20 70 70;d5 10 54 90 72;l8 31 54 69 54", "headphones": "a8 22 18 78 90;r5 16 50 32 80;r5 68 50 84 80", "helmet": "d5 18 18 82 86;e 10 60 90 96;r8 14 56 90 64;l2 40 24 34 52;l2 60 24 66 52",
-    "jacket": "p5 34 14 66 14 90 38 84 78 74 78 72 48 72 86 28 86 28 48 26 78 16 78 10 38;l8 50 18 50 86;p7 38 14 50 26 62 14;d2 54 46 58 50;d2 54 60 58 64", "kettle": "a8 30 10 70 62;p5 30 36 70 36 80 82 20 82;p5 72 44 90 34 92 42 76 58;r8 40 30 60 37",
-    "keyboard": "r8 8 34 92 74;r2 13 40 87 46;r2 13 50 87 56;r2 24 60 76 67", "knife": "p3 18 46 64 40 64 54 30 58;r8 62 40 88 52", "lamp": "p5 34 18 66 18 78 50 22 50;l8 50 50 50 82;r8 34 80 66 87",
-    "lantern": "a8 34 6 66 46;r8 32 24 68 32;r5 28 32 72 78;r1 36 38 64 72;d4 45 46 55 68;r8 26 78 74 86", "mirror": "d8 24 10 76 76;d1 30 16 70 70;l0 42 54 58 30;r8 46 76 54 90", "mug": "l5 62 42 84 42 84 64 62 64;r5 26 28 68 82;d3 28 24 66 34",
-    "pan": "r8 60 50 96 57;d5 10 30 68 82;d7 17 37 61 75", "pillow": "r5 16 26 84 74;d3 46 46 54 54;l2 20 30 30 38;l2 80 30 70 38;l2 20 70 30 62;l2 80 70 70 62", "plate": "d5 12 26 88 84;d3 22 33 78 77;d4 32 41 68 69",
-    "rug": "p5 24 26 76 26 92 80 8 80;p2 32 34 68 34 78 72 22 72;p5 40 42 60 42 66 64 34 64", "sandals": "p5 24 20 44 20 48 84 22 84;p5 56 20 76 20 78 84 52 84;l8 24 40 44 40;l8 56 40 76 40;l8 26 54 46 44;l8 54 44 74 54",
-    "scarf": "d5 26 12 74 48;e 36 18 64 36;p5 30 36 50 36 46 86 26 86;p7 50 36 68 36 72 74 56 74;l2 28 72 46 72;l2 28 78 46 78", "shelf": "r8 18 12 25 88;r8 75 12 82 88;r5 18 26 82 32;r5 18 50 82 56;r5 18 74 82 80;r3 32 38 38 50;r7 40 36 46 50;d4 56 60 70 74",
-    "shirt": "p5 34 18 66 18 90 36 80 50 70 44 70 86 30 86 30 44 20 50 10 36;d2 42 12 58 24", "sofa": "r5 18 30 82 60;r7 8 46 24 78;r7 76 46 92 78;r5 22 56 78 78;l3 50 56 50 78;l8 18 78 18 86;l8 82 78 82 86",
-    "speaker": "r8 28 10 72 90;d5 34 44 66 80;d2 44 55 56 68;d5 42 18 58 36", "stool": "d5 24 24 76 44;l8 34 42 26 86;l8 66 42 74 86;l8 50 44 50 84;l7 30 66 70 66", "suitcase": "a8 38 8 62 46;r5 18 26 82 84;l8 32 26 32 84;l8 68 26 68 84;l2 42 44 58 44",
-    "table": "r5 10 34 90 44;l8 20 44 20 84;l8 80 44 80 84", "teapot": "d5 24 32 74 82;p5 70 50 92 36 94 44 74 66;a8 6 40 38 76;d8 45 22 53 32;r7 36 32 62 38", "telescope": "p5 16 44 72 18 80 38 22 58;p7 68 18 80 12 90 38 80 42;l8 46 52 30 88;l8 50 52 66 88",
-    "tent": "p5 50 16 92 82 8 82;p8 50 40 64 82 36 82;l2 50 16 50 40", "toaster": "r3 30 18 46 44;r3 54 18 70 44;r5 14 34 86 80;r8 18 78 82 86;l8 80 46 90 46;d2 64 56 72 64", "umbrella": "d5 10 12 90 92;e 6 52 94 98;l8 50 10 50 82 42 88;d5 10 44 37 60;d5 37 44 63 60;d5 63 44 90 60",
-    "vase": "r5 42 14 58 34;d5 26 30 74 86;r8 36 80 64 88;l3 38 50 62 50", "wallet": "r5 14 30 86 80;r7 14 30 86 42;r8 62 48 90 64;d2 68 53 74 59", "watch": "r8 38 8 62 92;d5 26 26 74 74;d1 33 33 67 67;l8 50 38 50 50 58 54"}
+OUTLINES = {
+    "backpack": "a8 38 8 62 30;r5 24 20 76 86;r7 32 54 68 78;l3 40 36 60 36",
+    "bag": "a8 36 14 64 60;p5 22 38 78 38 84 86 16 86;d3 46 56 54 64",
+    "basket": "a8 24 16 76 80;p5 16 46 84 46 74 84 26 84;l7 22 58 78 58;l7 25 70 75 70",
+    "belt": "d5 10 34 90 68;e 18 41 82 61;r8 40 58 60 76;r2 45 62 55 72",
+    "bench": "r5 12 30 88 38;r5 12 44 88 52;r7 10 58 90 66;l8 20 66 20 86;l8 80 66 80 86",
+    "bicycle": "d8 8 46 44 82;e 14 52 38 76;d8 56 46 92 82;e 62 52 86 76;l5 26 64 42 38 68 38 74 64;"
+               "l5 42 38 52 64 68 38;l8 36 34 48 34;l8 66 30 76 28",
+    "blanket": "r5 20 20 80 84;l2 20 36 80 36;l2 20 52 80 52;l7 20 68 80 68;p3 60 84 80 64 80 84",
+    "boots": "p5 34 14 58 14 58 58 82 68 82 80 34 80;r8 32 80 84 87;l2 42 30 52 30;l2 42 40 52 40",
+    "bottle": "r8 43 10 57 22;r5 44 20 56 36;r5 34 34 66 88;r2 34 52 66 70",
+    "bowl": "d5 16 10 84 80;e 10 6 90 44;d7 16 36 84 52;r8 38 78 62 84",
+    "box": "r5 18 32 82 84;r7 18 32 82 46;r2 44 32 56 84",
+    "bracelet": "d5 18 28 82 78;e 26 36 74 70;d2 45 20 57 32;d8 24 26 34 36;d8 68 26 78 36"}
 
+# %% ../../nbs/phone/30_ui.ipynb #30-063
+OUTLINES |= {
+    "camera": "r8 38 24 62 34;r5 14 32 86 78;d8 34 36 66 72;d2 42 44 58 62;d3 74 38 80 44",
+    "candle": "d2 45 10 55 32;l8 50 28 50 38;r5 36 36 64 84;r7 28 82 72 88",
+    "chair": "r5 32 14 68 50;r7 26 52 74 62;l8 30 62 26 90;l8 70 62 74 90",
+    "clock": "d8 18 18 82 82;d0 25 25 75 75;l8 50 34 50 50 62 58",
+    "curtain": "r8 10 12 90 18;p5 14 18 46 18 34 54 38 86 14 86;p5 86 18 54 18 66 54 62 86 86 86;l7 24 20 24 84;"
+               "l7 76 20 76 84",
+    "desk": "r5 10 36 90 44;r7 54 44 86 70;l2 64 57 76 57;l8 16 44 16 84;l8 84 70 84 84;l8 56 70 56 84",
+    "dress": "p5 38 12 62 12 60 40 82 86 18 86 40 40;p7 40 38 60 38 61 44 39 44;d2 42 6 58 22"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-064
+OUTLINES |= {
+    "frame": "r8 18 14 82 86;r1 26 22 74 78;p5 28 76 44 46 56 62 64 52 72 76;d4 56 28 66 38",
+    "globe": "d5 24 10 76 62;d3 34 20 52 38;d3 54 38 68 54;a8 18 6 82 70;l8 50 62 50 80;r8 32 80 68 87",
+    "hammock": "l8 12 20 12 86;l8 88 20 88 86;p5 14 36 32 60 50 66 68 60 86 36 72 72 50 80 28 72",
+    "hat": "d5 30 20 70 70;d5 10 54 90 72;l8 31 54 69 54",
+    "headphones": "a8 22 18 78 90;r5 16 50 32 80;r5 68 50 84 80",
+    "helmet": "d5 18 18 82 86;e 10 60 90 96;r8 14 56 90 64;l2 40 24 34 52;l2 60 24 66 52",
+    "jacket": "p5 34 14 66 14 90 38 84 78 74 78 72 48 72 86 28 86 28 48 26 78 16 78 10 38;l8 50 18 50 86;"
+              "p7 38 14 50 26 62 14;d2 54 46 58 50;d2 54 60 58 64",
+    "kettle": "a8 30 10 70 62;p5 30 36 70 36 80 82 20 82;p5 72 44 90 34 92 42 76 58;r8 40 30 60 37",
+    "keyboard": "r8 8 34 92 74;r2 13 40 87 46;r2 13 50 87 56;r2 24 60 76 67"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-065
+OUTLINES |= {
+    "knife": "p3 18 46 64 40 64 54 30 58;r8 62 40 88 52",
+    "lamp": "p5 34 18 66 18 78 50 22 50;l8 50 50 50 82;r8 34 80 66 87",
+    "lantern": "a8 34 6 66 46;r8 32 24 68 32;r5 28 32 72 78;r1 36 38 64 72;d4 45 46 55 68;r8 26 78 74 86",
+    "mirror": "d8 24 10 76 76;d1 30 16 70 70;l0 42 54 58 30;r8 46 76 54 90",
+    "mug": "l5 62 42 84 42 84 64 62 64;r5 26 28 68 82;d3 28 24 66 34",
+    "pan": "r8 60 50 96 57;d5 10 30 68 82;d7 17 37 61 75",
+    "pillow": "r5 16 26 84 74;d3 46 46 54 54;l2 20 30 30 38;l2 80 30 70 38;l2 20 70 30 62;l2 80 70 70 62"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-066
+OUTLINES |= {
+    "plate": "d5 12 26 88 84;d3 22 33 78 77;d4 32 41 68 69",
+    "rug": "p5 24 26 76 26 92 80 8 80;p2 32 34 68 34 78 72 22 72;p5 40 42 60 42 66 64 34 64",
+    "sandals": "p5 24 20 44 20 48 84 22 84;p5 56 20 76 20 78 84 52 84;l8 24 40 44 40;l8 56 40 76 40;"
+               "l8 26 54 46 44;l8 54 44 74 54",
+    "scarf": "d5 26 12 74 48;e 36 18 64 36;p5 30 36 50 36 46 86 26 86;p7 50 36 68 36 72 74 56 74;"
+             "l2 28 72 46 72;l2 28 78 46 78",
+    "shelf": "r8 18 12 25 88;r8 75 12 82 88;r5 18 26 82 32;r5 18 50 82 56;r5 18 74 82 80;r3 32 38 38 50;"
+             "r7 40 36 46 50;d4 56 60 70 74",
+    "shirt": "p5 34 18 66 18 90 36 80 50 70 44 70 86 30 86 30 44 20 50 10 36;d2 42 12 58 24",
+    "sofa": "r5 18 30 82 60;r7 8 46 24 78;r7 76 46 92 78;r5 22 56 78 78;l3 50 56 50 78;l8 18 78 18 86;l8 82 78 82 86"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-067
+OUTLINES |= {
+    "speaker": "r8 28 10 72 90;d5 34 44 66 80;d2 44 55 56 68;d5 42 18 58 36",
+    "stool": "d5 24 24 76 44;l8 34 42 26 86;l8 66 42 74 86;l8 50 44 50 84;l7 30 66 70 66",
+    "suitcase": "a8 38 8 62 46;r5 18 26 82 84;l8 32 26 32 84;l8 68 26 68 84;l2 42 44 58 44",
+    "table": "r5 10 34 90 44;l8 20 44 20 84;l8 80 44 80 84",
+    "teapot": "d5 24 32 74 82;p5 70 50 92 36 94 44 74 66;a8 6 40 38 76;d8 45 22 53 32;r7 36 32 62 38",
+    "telescope": "p5 16 44 72 18 80 38 22 58;p7 68 18 80 12 90 38 80 42;l8 46 52 30 88;l8 50 52 66 88",
+    "tent": "p5 50 16 92 82 8 82;p8 50 40 64 82 36 82;l2 50 16 50 40",
+    "toaster": "r3 30 18 46 44;r3 54 18 70 44;r5 14 34 86 80;r8 18 78 82 86;l8 80 46 90 46;d2 64 56 72 64",
+    "umbrella": "d5 10 12 90 92;e 6 52 94 98;l8 50 10 50 82 42 88;d5 10 44 37 60;d5 37 44 63 60;d5 63 44 90 60",
+    "vase": "r5 42 14 58 34;d5 26 30 74 86;r8 36 80 64 88;l3 38 50 62 50",
+    "wallet": "r5 14 30 86 80;r7 14 30 86 42;r8 62 48 90 64;d2 68 53 74 59",
+    "watch": "r8 38 8 62 92;d5 26 26 74 74;d1 33 33 67 67;l8 50 38 50 50 58 54"}
+
+# %% ../../nbs/phone/30_ui.ipynb #30-068
 def _outline(noun):
     "The outline of a noun: its own, else one chosen by its letters."
     last = noun.lower().split(" ")[-1]
     return OUTLINES.get(last) or OUTLINES[sorted(OUTLINES)[sum(map(ord, last)) * 7 % len(OUTLINES)]]
 
+# %% ../../nbs/phone/30_ui.ipynb #30-070
 @lru_cache(1024)
 def _art(shape, seed, tint, w, h):
+    "The picture of a product, drawn three times too large."
     rnd = random.Random(seed)
-    base = tint or "#%02x%02x%02x" % tuple(rnd.randrange(40, 210) for _ in range(3))
-    backdrop = mix(mix(base, "#%02x%02x%02x" % tuple(rnd.randrange(120, 256) for _ in range(3)), .5), WHITE, .82)
-    if on_color(base) == INK: backdrop = mix(backdrop, "#7c8794", .4)   # a light thing stands out from a darker ground
+    base, backdrop = _art_colours(rnd, tint)
     im = Image.new("RGB", (w * 3, h * 3), rgb(backdrop))
     d, k, fat = ImageDraw.Draw(im), 3 * min(w, h) / 100, rnd.uniform(.8, 1.15)
     ox, oy = (3 * w - 100 * k) / 2, (3 * h - 100 * k) / 2
-    d.ellipse((ox + 16 * k, oy + 80 * k, ox + 84 * k, oy + 94 * k), rgb(mix(backdrop, INK, .1)))
+    d.ellipse((ox + 16 * k, oy + 80 * k, ox + 84 * k, oy + 94 * k),
+              rgb(mix(backdrop, INK, .1)))  # the shadow on the ground
     for part in _outline(shape).split(";"):
         op, *v = part.split()
-        shade = int(op[1:] or 5) / 10
-        ink = rgb(backdrop if op[0] == "e" else mix(base, WHITE, .7 - shade) if shade < .5 else mix(base, INK, shade - .5))
+        ink = backdrop if op[0] == "e" else _shade(base, int(op[1:] or 5) / 10)
         xy = [o for a, b in zip(v[::2], v[1::2]) for o in (ox + (50 + (float(a) - 50) * fat) * k, oy + float(b) * k)]
-        if op[0] == "p": d.polygon(xy, ink)
-        elif op[0] == "l": d.line(xy, ink, round(5 * k), joint="curve")
-        elif op[0] == "r": d.rounded_rectangle(xy, 3 * k, ink)
-        elif op[0] == "a": d.arc(xy, 180, 360, ink, round(5 * k))
-        else: d.ellipse(xy, ink)
+        _stroke(d, op[0], xy, rgb(ink), k)
     return im.reduce(3)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-071
+def _art_colours(rnd, tint):
+    "Colour of the thing and of what is behind it."
+    colour = lambda low, high: "#%02x%02x%02x" % tuple(rnd.randrange(low, high) for _ in range(3))
+    base = tint or colour(40, 210)
+    backdrop = mix(mix(base, colour(120, 256), .5), WHITE, .82)
+    if on_color(base) == INK: backdrop = mix(backdrop, "#7c8794", .4)   # a light thing stands out from a darker ground
+    return base, backdrop
+
+def _shade(base, shade): return mix(base, WHITE, .7 - shade) if shade < .5 else mix(base, INK, shade - .5)
+
+def _stroke(d, op, xy, ink, k):
+    if op == "p": d.polygon(xy, ink)
+    elif op == "l": d.line(xy, ink, round(5 * k), joint="curve")
+    elif op == "r": d.rounded_rectangle(xy, 3 * k, ink)
+    elif op == "a": d.arc(xy, 180, 360, ink, round(5 * k))
+    else: d.ellipse(xy, ink)
+
+# %% ../../nbs/phone/30_ui.ipynb #30-072
 def _paint_picture(im, n, x, y, w, h, s):
     art = _art(n.text, n.seed % 64, n.color, max(4, round(w * s)), max(4, round(h * s)))
     at = round(x * s), round(y * s)
@@ -716,6 +846,7 @@ def button(
                 **{"border": (4, color) if kind == "outlined" else None, "height": 116, "radius": 58, "align": "center",
                    "pad": (0, 48), "gap": 16, "width": wide, **style})
 
+# %% ../../nbs/phone/30_ui.ipynb #30-075
 @lru_cache(1024)
 def icon_button(
     name: str,               # one of `ICONS`
@@ -729,8 +860,10 @@ def icon_button(
     "A symbol with a round touch target of at least 96 px."
     target = max(96, size + 36)
     return node("icon button", (spacer(), icon(name, size, color), spacer()), role=role, on=on, bg=bg,
-                **{"width": target, "height": target, "radius": target // 2, "align": "center", "desc": role.capitalize(), **style})
+                **{"width": target, "height": target, "radius": target // 2, "align": "center",
+                   "desc": role.capitalize(), **style})
 
+# %% ../../nbs/phone/30_ui.ipynb #30-077
 @lru_cache(1024)
 def field(
     value: str,                # what has been typed
@@ -747,7 +880,8 @@ def field(
     shown = text(value, 44, INK, lines=-1 if focused else 1) if value else text(hint, 44, MUTED)
     inner = [icon(lead, 56, BLUE if focused else MUTED) if lead else None, spacer(12)]
     inner += [shown, caret] if value else [caret, shown]
-    inner += [spacer(), icon_button("close", clear, 44, "clear button", MUTED, desc="Clear") if value and clear else None]
+    inner += [spacer(),
+              icon_button("close", clear, 44, "clear button", MUTED, desc="Clear") if value and clear else None]
     return node("field", tuple(c for c in inner if c), text=value or hint, role=role, on=on, focused=focused,
                 **{"width": "fill", "height": 128, "radius": 64, "align": "center", "pad": (0, 28, 0, 36), "gap": 4,
                    "bg": "#dfeaff" if focused else SURFACE, "border": (12, BLUE) if focused else None, **style})
@@ -758,7 +892,8 @@ def badge(
     color: str = AMBER,  # of the pill
 ) -> Node:
     "A small strong pill that marks something."
-    return row(text(label, 32, on_color(color), bold=True), bg=color, radius=14, pad=(4, 20), width="wrap", role="badge")
+    return row(text(label, 32, on_color(color), bold=True), bg=color, radius=14, pad=(4, 20),
+               width="wrap", role="badge")
 
 def chip(
     label: str,              # a word or two
@@ -767,9 +902,11 @@ def chip(
     role: str = "sort chip", # what it is for
 ) -> Node:
     "One of several choices."
-    return node("button", (text(label, 36, BLUE if selected else INK, bold=selected),), role=role, on=on, align="center",
+    return node("button", (text(label, 36, BLUE if selected else INK, bold=selected),),
+                role=role, on=on, align="center",
                 pad=(12, 32), radius=24, bg="#d3e3fd" if selected else WHITE, border=(4, BLUE if selected else LINE))
 
+# %% ../../nbs/phone/30_ui.ipynb #30-079
 @lru_cache(64)
 def stars(
     rating: float,  # 0..5
@@ -777,6 +914,7 @@ def stars(
     "Five stars."
     return row(*[icon("star", 36, MUTED if i + .5 <= rating else LINE) for i in range(5)], width="wrap", gap=4)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-081
 @lru_cache(512)
 def app_icon(
     label: str,               # name below it
@@ -791,23 +929,30 @@ def app_icon(
     ink = on_color(color)
     mark = icon(glyph, size // 2, ink) if glyph in ICONS else text(glyph, size * 5 // 8, ink, bold=True)
     tile = row(spacer(), mark, spacer(), bg=color, radius=size // 3, width=size, height=size)
-    return column(tile, text(label, 36, label_color) if label else None, width="wrap", align="center", gap=12, on=on, role=role, desc=label)
+    return column(tile, text(label, 36, label_color) if label else None, width="wrap", align="center", gap=12,
+                  on=on, role=role, desc=label)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-082
 def close_x(
     on: tuple,       # event of a tap
     size: int = 72,  # diameter
     **style,         # fields of `Node`
 ) -> Node:
     "The round x that gets rid of something."
-    return node("icon button", (spacer(), icon("close", size // 2, WHITE), spacer()), role="close button", on=on, bg="#3c4043",
-                **{"border": (8, WHITE), "width": size, "height": size, "radius": size // 2, "align": "center", "desc": "Close", **style})
+    return node("icon button", (spacer(), icon("close", size // 2, WHITE), spacer()),
+                role="close button", on=on, bg="#3c4043",
+                **{"border": (8, WHITE), "width": size, "height": size, "radius": size // 2, "align": "center",
+                   "desc": "Close", **style})
 
+# %% ../../nbs/phone/30_ui.ipynb #30-083
 def dialog(
     *children,  # nodes, top to bottom
     **style,    # fields of `Node`
 ) -> Node:
     "A card in the middle of a stack."
-    return column(*children, **{"bg": WHITE, "radius": 56, "elevation": 24, "width": 920, "pad": 56, "gap": 32, "place": (.5, .5), "role": "dialog", **style})
+    look = {"bg": WHITE, "radius": 56, "elevation": 24, "width": 920, "pad": 56, "gap": 32,
+            "place": (.5, .5), "role": "dialog"}
+    return column(*children, **{**look, **style})
 
 def sheet(
     *children,  # nodes, top to bottom
@@ -815,7 +960,9 @@ def sheet(
 ) -> Node:
     "A card that comes up from the lower edge of a stack."
     grip = row(spacer(), node("space", width=96, height=12, bg=LINE, radius=6), spacer())
-    return column(grip, *children, **{"bg": WHITE, "radius": 56, "flat": True, "elevation": 24, "pad": (28, 56, 84, 56), "gap": 32, "place": (1, 0), "role": "sheet", **style})
+    look = {"bg": WHITE, "radius": 56, "flat": True, "elevation": 24, "pad": (28, 56, 84, 56), "gap": 32,
+            "place": (1, 0), "role": "sheet"}
+    return column(grip, *children, **{**look, **style})
 
 # %% ../../nbs/phone/30_ui.ipynb #10-048
 KEYBOARD = 820
@@ -824,6 +971,7 @@ def _key(face, char, on, width, bg=WHITE, **style):
     return node("key", (spacer(), face, spacer()), text=char, on=on, bg=bg,
                 **{"role": "keyboard key", "width": width, "height": 148, "radius": 20, "align": "center", **style})
 
+# %% ../../nbs/phone/30_ui.ipynb #30-085
 @lru_cache(64)
 def keyboard(
     enter: tuple | None,      # event of the enter key
@@ -832,13 +980,15 @@ def keyboard(
 ) -> Node:
     "A QWERTY keyboard at the lower edge of a stack, `KEYBOARD` px high."
     event = lambda char: (key, char) if key else None
-    letters = lambda chars, width: [_key(text(c, 56), c, event(c), width) for c in chars]
-    grey = "#c4cbd6"
-    rows = [letters("qwertyuiop", 96), [spacer(), *letters("asdfghjkl", 96), spacer()],
-            [_key(icon("shift", 60), "shift", None, 146, grey), *letters("zxcvbnm", 96), _key(icon("erase", 60), "backspace", event("\b"), 146, grey)],
-            [_key(text("?123", 44), "?123", None, 146, grey), *letters(",", 96), _key(text("space", 40, MUTED), " ", event(" "), "fill"), *letters(".", 96),
-             _key(text(label, 44, WHITE, bold=True), label, enter, 196, BLUE, role="enter key", id="enter", radius=74)]]
-    return column(*[row(*r, gap=10) for r in rows], bg="#d7dde6", height=KEYBOARD, place=(1, 0), role="keyboard", gap=20, pad=(24, 14, 0, 14))
+    letters = lambda chars: [_key(text(c, 56), c, event(c), 96) for c in chars]
+    grey = lambda face, char, on: _key(face, char, on, 146, "#c4cbd6")
+    shift, erase = grey(icon("shift", 60), "shift", None), grey(icon("erase", 60), "backspace", event("\b"))
+    space = _key(text("space", 40, MUTED), " ", event(" "), "fill")
+    go = _key(text(label, 44, WHITE, bold=True), label, enter, 196, BLUE, role="enter key", id="enter", radius=74)
+    rows = [letters("qwertyuiop"), [spacer(), *letters("asdfghjkl"), spacer()], [shift, *letters("zxcvbnm"), erase],
+            [grey(text("?123", 44), "?123", None), *letters(","), space, *letters("."), go]]
+    return column(*[row(*r, gap=10) for r in rows], bg="#d7dde6", height=KEYBOARD, place=(1, 0), role="keyboard",
+                  gap=20, pad=(24, 14, 0, 14))
 
 # %% ../../nbs/phone/30_ui.ipynb #10-049
 @lru_cache(64)
@@ -848,9 +998,10 @@ def status_bar(
 ) -> Node:
     "The strip at the top of the screen."
     color = on_color(bg)
-    return row(text(time, 40, color, bold=True), spacer(), icon("wifi", 44, color), icon("signal", 40, color), icon("battery", 44, color),
-               height=84, pad=(0, 44), gap=12, bg=bg)
+    return row(text(time, 40, color, bold=True), spacer(), icon("wifi", 44, color), icon("signal", 40, color),
+               icon("battery", 44, color), height=84, pad=(0, 44), gap=12, bg=bg)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-088
 def screen(
     *children,               # nodes, top to bottom
     bg: str = PAPER,         # of the page
@@ -865,6 +1016,7 @@ def _gesture_bar(bg):
     pill = node("space", width=320, height=12, bg=mix(bg, on_color(bg), .6), radius=6)
     return row(spacer(), pill, spacer(), height=48, bg=bg)
 
+# %% ../../nbs/phone/30_ui.ipynb #30-089
 def overlay(
     page: Node,  # usually a `screen`
     *layers,     # scrim, sheet, dialog, keyboard...; None is skipped

@@ -43,6 +43,7 @@ def chance(
     "The draw that belongs to `parts`."
     return derive_seed(*parts) / 2 ** 63
 
+# %% ../../nbs/phone/31_world.ipynb #31-001
 def draw(
     options,        # sequence
     *parts:str|int, # what is decided
@@ -59,10 +60,14 @@ def shuffled(
 
 # %% ../../nbs/phone/31_world.ipynb #11-012
 LAYOUTS = ("header", "icon", "hero", "bottom")
-PALETTE = ("#b3261e", "#00639b", "#1b6e3c", "#6750a4", "#8c5000", "#006a6a", "#984061", "#3f5f90", "#4a6319", "#7d3f9c", "#37474f", "#c2410c")
-SLOGANS = ("Good things for every day", "Made to last", "Home, simply", "Find what you love", "Less, but better", "Fair prices, daily")
-CONSENT_ORDERS = (("accept", "reject", "settings"), ("reject", "settings", "accept"), ("settings", "reject", "accept"), ("settings", "accept", "reject"))
+PALETTE = ("#b3261e", "#00639b", "#1b6e3c", "#6750a4", "#8c5000", "#006a6a",
+           "#984061", "#3f5f90", "#4a6319", "#7d3f9c", "#37474f", "#c2410c")
+SLOGANS = ("Good things for every day", "Made to last", "Home, simply", "Find what you love",
+           "Less, but better", "Fair prices, daily")
+CONSENT_ORDERS = (("accept", "reject", "settings"), ("reject", "settings", "accept"),
+                  ("settings", "reject", "accept"), ("settings", "accept", "reject"))
 
+# %% ../../nbs/phone/31_world.ipynb #31-002
 def make_shop(
     seed:int,   # of the world
     domain:str, # e.g. "velralo.com"
@@ -75,6 +80,7 @@ def make_shop(
             "slogan": pick(SLOGANS, "slogan"), "consent": list(pick(CONSENT_ORDERS, "consent")),
             "close": pick(("right", "left"), "close"), "currency": pick(("$", "Fr "), "currency")}
 
+# %% ../../nbs/phone/31_world.ipynb #31-005
 @lru_cache(maxsize=8)
 def make_world(
     seed:int=0, # another seed, other shops behind the same domains
@@ -85,19 +91,26 @@ def make_world(
     return {"seed": seed, "shops": {shop["domain"]: shop for shop in shops}, "common": list(sites("train"))}
 
 # %% ../../nbs/phone/31_world.ipynb #11-015
-BRANDS = ("Nordel", "Havika", "Tessaro", "Quandry", "Ostello", "Brimm", "Falko", "Juneau & Daughters", "Pellworm", "Sundvik")
+BRANDS = ("Nordel", "Havika", "Tessaro", "Quandry", "Ostello", "Brimm", "Falko",
+          "Juneau & Daughters", "Pellworm", "Sundvik")
 SPONSORS = ("Maxxi", "Topwell", "Primora", "BestBuddy", "Glanzo")
 MAKES = ("", "", "", "Classic", "Mini", "Deluxe", "Set of 2", "Two-Pack", "XL", "Edition 2")
-TINTS = dict(zip(COLOURS, "#c93a32 #3566c4 #3c8c4a #2c2c30 #e4e2dc #8a8d93 #e79ab4 #7b5336 #e8bd35 #26365f #e5812f #7d4fa8".split()))
-TINTS |= dict(zip(MATERIALS, "#a9784a #c9b299 #7a4a2e #b9d8de #d9d2c2 #9aa4ad #d8cdb4 #b98d57 #b8bd6a #9b8f86 #b8703c #cfcfd4".split()))
+
+# %% ../../nbs/phone/31_world.ipynb #31-011
+TINTS = dict(zip(COLOURS,
+                 "#c93a32 #3566c4 #3c8c4a #2c2c30 #e4e2dc #8a8d93 #e79ab4 #7b5336 #e8bd35 #26365f #e5812f #7d4fa8".split()))
+TINTS |= dict(zip(MATERIALS,
+                  "#a9784a #c9b299 #7a4a2e #b9d8de #d9d2c2 #9aa4ad #d8cdb4 #b98d57 #b8bd6a #9b8f86 #b8703c #cfcfd4".split()))
 THINGS = frozenset(NOUNS) | {n for s in SPLITS for n in OWN_NOUNS[s]}
 
+# %% ../../nbs/phone/31_world.ipynb #31-007
 def normal(
     text:str, # as typed
 ) -> str: # lower case, single spaces
     "How shops and browsers compare texts."
     return " ".join(text.lower().split())
 
+# %% ../../nbs/phone/31_world.ipynb #31-008
 @lru_cache(maxsize=4096)
 def catalogue(
     seed:int,             # of the world
@@ -112,10 +125,12 @@ def catalogue(
     size = 2 if sponsored else rng.randrange(8, 15) if query else 8
     return tuple(_product(rng, query or rng.choice(queries("train")), sponsored) for _ in range(size))
 
+# %% ../../nbs/phone/31_world.ipynb #31-009
 def _product(rng, words, sponsored):
     brand, make = rng.choice(SPONSORS if sponsored else BRANDS), rng.choice(MAKES)
     tint = next((TINTS[w] for w in words.split() if w in TINTS), rng.choice(list(TINTS.values())))
-    return {"title": " ".join(filter(None, (brand, words.title(), make))), "brand": brand, "price": rng.randrange(9, 240) - 0.01,
+    return {"title": " ".join(filter(None, (brand, words.title(), make))), "brand": brand,
+            "price": rng.randrange(9, 240) - 0.01,
             "stars": rng.randrange(5, 11) / 2, "art": rng.randrange(1000), "tint": tint,
             "shape": next((w for w in reversed(words.split()) if w in THINGS), "box")}
 
@@ -129,9 +144,11 @@ def seek(
     shops = make_world(seed)["shops"]
     named = [d for d in shops if {d, d[:-4]} & set(query.split())]
     rest = " ".join(w for w in query.split() if not {w, w + ".com"} & set(named))
-    others = [d for d in shuffled(make_world(seed)["common"], seed, "seek", query) if d not in named][:5 - len(named[:3])]
+    others = [d for d in shuffled(make_world(seed)["common"], seed, "seek",
+                                  query) if d not in named][:5 - len(named[:3])]
     return tuple((d, rest) for d in named[:3] + others[:2]) + (("", query),) + tuple((d, rest) for d in others[2:])
 
+# %% ../../nbs/phone/31_world.ipynb #31-013
 def address(
     seed:int, # of the world
     text:str, # as typed into the address bar
