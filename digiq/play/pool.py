@@ -24,33 +24,43 @@ from .judges import Judge, JudgeSettings
 @dataclass(frozen=True)
 class DeviceSettings:
     "What episodes are played on, and who says whether they succeed."
-    kind:Literal["simphone", "adb", "emulator"]="simphone" # built-in phones in this process; phones that adb lists; emulators that are started for the run
-    serials:tuple[str, ...]=() # of `adb`: serial numbers, or ADDRESS:PORT; all that are ready where empty
+    # built-in phones in this process; phones that adb lists; emulators that are started for the run
+    kind:Literal["simphone", "adb", "emulator"]="simphone"
+    serials:tuple[str, ...]=() # of `adb`: serial numbers, or ADDRESS:PORT; empty for all that are ready
     adb:AdbSettings=AdbSettings() # how phones and emulators are operated
     emulator:EmulatorSettings|None=None # which emulators; must be given for `emulator`
     judge:JudgeSettings|None=None # a VLM; without one a phone must know by itself, as only built-in ones do
     fleet:FleetSettings=FleetSettings() # limits
 
     def __post_init__(self):
-        if self.kind == "emulator" and self.emulator is None: raise ConfigError("devices.emulator is missing: kind 'emulator' needs at least the name of an AVD, devices.emulator.avd")
-        if self.kind == "simphone" and (self.judge or self.serials): raise ConfigError("devices.judge and devices.serials are for phones over adb: set devices.kind to 'adb' or 'emulator'")
+        if self.kind == "emulator" and self.emulator is None:
+            raise ConfigError("devices.emulator is missing: kind 'emulator' needs at least the name of an AVD, "
+                              "devices.emulator.avd")
+        if self.kind == "simphone" and (self.judge or self.serials):
+            raise ConfigError("devices.judge and devices.serials are for phones over adb: "
+                              "set devices.kind to 'adb' or 'emulator'")
 
 # %% ../../nbs/play/47_pool.ipynb #34-010
 def as_listed(
     serial:str, # as the user gave it
 ) -> str: # as adb lists it
     "Give a serial number back the zeros that it began with."
-    same = [name for name, _ in list_phones() if name.isdecimal() and int(name) == int(serial)] if serial.isdecimal() else []
+    def means(name): return name.isdecimal() and int(name) == int(serial)
+    same = [name for name, _ in list_phones() if means(name)] if serial.isdecimal() else []
     return same[0] if serial not in same and len(same) == 1 else serial
 
+# %% ../../nbs/play/47_pool.ipynb #34-010-1
 def identity(
     serial:str, # as adb lists it
     cfg:AdbSettings=AdbSettings(), # how it is operated
 ) -> str: # what the phone calls itself; the address where it does not answer
     "One phone may be listed twice, by cable and by network."
-    try: return AdbDevice(serial, cfg).shell("getprop", "ro.serialno", repeat=True).strip().rpartition("\n")[2] or serial
+    try:
+        said = AdbDevice(serial, cfg).shell("getprop", "ro.serialno", repeat=True)
+        return said.strip().rpartition("\n")[2] or serial
     except DeviceError: return serial
 
+# %% ../../nbs/play/47_pool.ipynb #34-010-2
 @contextmanager
 def held(
     name:str, # of a phone
@@ -60,21 +70,30 @@ def held(
     try:
         f = open(path, "a")
         flock(f, LOCK_EX | LOCK_NB)
-    except (BlockingIOError, PermissionError): raise DeviceError(f"the phone {name} is in use by another run, which holds {path}: wait for it, or name others in devices.serials") from None
+    except (BlockingIOError, PermissionError):
+        raise DeviceError(f"the phone {name} is in use by another run, which holds {path}: wait for it, "
+                          "or name others in devices.serials") from None
     with f: yield
 
+# %% ../../nbs/play/47_pool.ipynb #34-010g
+def _check_built_in(device): # raise where a phone cannot judge itself
+    product = device.shell("getprop", "ro.product.name", repeat=True).strip().rpartition("\n")[2]
+    if product != "simphone":
+        raise DigiqError(f"{device.serial} does not know whether a goal is reached: set devices.judge to a "
+                         "vision-language model, e.g. devices.judge.model")
+
+# %% ../../nbs/play/47_pool.ipynb #34-010-3
 @contextmanager
 def open_devices(
     cfg:DeviceSettings, # of kind `adb` or `emulator`
     log:str|Path, # folder of the judge's audit log
 ): # for each device (tasks, horizon) -> DeviceEnv
-    "Phones, each once and for nobody else, ready for a fleet; emulators end with the block. Raises `DeviceError` where there are none, or one is in use."
+    "Phones, each once and for nobody else; emulators end with the block. Raises `DeviceError` for none, or one in use."
     evaluator = Judge(cfg.judge, log) if cfg.judge else ask_phone
     def maker(connect):
         def make(tasks, horizon):
             device = connect()
-            if not cfg.judge and device.shell("getprop", "ro.product.name", repeat=True).strip().rpartition("\n")[2] != "simphone":
-                raise DigiqError(f"{device.serial} does not know whether a goal is reached: set devices.judge to a vision-language model, e.g. devices.judge.model")
+            if not cfg.judge: _check_built_in(device)
             return DeviceEnv(device, tasks, horizon, evaluator)
         return make
     if cfg.kind == "adb":
@@ -83,4 +102,5 @@ def open_devices(
             for name in phones: stack.enter_context(held(name))
             yield [maker(lambda serial=serial: AdbDevice(serial, cfg.adb)) for serial in phones.values()]
     else:
-        with Emulators(cfg.emulator) as emulators: yield [maker(lambda e=e: emulators.device(e, cfg.adb)) for e in emulators.emulators]
+        with Emulators(cfg.emulator) as emulators:
+            yield [maker(lambda e=e: emulators.device(e, cfg.adb)) for e in emulators.emulators]
