@@ -399,7 +399,8 @@ def _begin(work, item):
     "A copy of this process that works on an item, and the pipe through which it is heard."
     fork = get_context("fork")
     here, home = fork.Pipe(duplex=False)
-    process = fork.Process(target=_work_in_copy, args=(work, item, home, os.getpid()))
+    process = fork.Process(target=_work_in_copy, args=(work, item, home, os.getpid()), daemon=True)
+    # daemon: one whose start was interrupted, so that nobody knows it, is ended at exit instead of being waited for
     process.start()
     home.close() # only the copy holds it now, so the pipe ends with the copy
     return here, process

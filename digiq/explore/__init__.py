@@ -17,7 +17,8 @@ from .recorded import ActionExplorer, TrajectoryExplorer
 from .run import RunView
 
 # %% ../../nbs/explore/78_explore.ipynb #71-004
-_all_ = ["TrajectoryExplorer", "ActionExplorer", "QField", "LivePhone", "CompareRuns", "Diagnostics", "RunView", "Field"]
+_all_ = ["TrajectoryExplorer", "ActionExplorer", "QField", "LivePhone", "CompareRuns", "Diagnostics", "RunView",
+    "Field"]
 
 # %% ../../nbs/explore/78_explore.ipynb #71-006
 def explore(
@@ -26,7 +27,9 @@ def explore(
     "Everything that there is to see of a run."
     run = run if isinstance(run, RunView) else RunView(run)
     lead = TrajectoryExplorer(run)
-    make = {"Trajectories": lambda: lead, "Actions": lambda: ActionExplorer(run, lead), "Field of Q": lambda: QField(run, lead), "Live phone": lambda: LivePhone(run), "Compare": lambda: CompareRuns(run), "Diagnostics": lambda: Diagnostics(run)}
+    make = {"Trajectories": lambda: lead, "Actions": lambda: ActionExplorer(run, lead),
+        "Field of Q": lambda: QField(run, lead), "Live phone": lambda: LivePhone(run),
+        "Compare": lambda: CompareRuns(run), "Diagnostics": lambda: Diagnostics(run)}
     tab = W.Tab([W.VBox() for _ in make], titles=list(make))
     def fill(_=None):
         box = tab.children[tab.selected_index]

@@ -58,9 +58,12 @@ def rough(self:Field,
     known = dict(zip(self.points, self.q))
     grid = np.array([known[p] for p in self.coarse()]).reshape(self.ROWS//self.EACH, -1)
     padded = np.pad(grid, 1, mode="edge")
-    step = np.max([np.abs(padded[1 + i:len(padded) - 1 + i, 1 + j:padded.shape[1] - 1 + j] - grid) for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))], 0)
-    cells = [np.unravel_index(k, grid.shape) for k in np.argsort(-step, axis=None)[:most] if step.flat[k] > .05*np.ptp(grid)]
-    every = [(int(i)*self.EACH + a, int(j)*self.EACH + b) for i, j in cells for a in range(self.EACH) for b in range(self.EACH)]
+    step = np.max([np.abs(padded[1 + i:len(padded) - 1 + i, 1 + j:padded.shape[1] - 1 + j] - grid)
+        for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))], 0)
+    cells = [np.unravel_index(k, grid.shape) for k in np.argsort(-step, axis=None)[:most]
+        if step.flat[k] > .05*np.ptp(grid)]
+    every = [(int(i)*self.EACH + a, int(j)*self.EACH + b) for i, j in cells for a in range(self.EACH)
+        for b in range(self.EACH)]
     return [p for p in every if p not in known]
 
 # %% ../../nbs/explore/71_field.ipynb #70a-009

@@ -49,17 +49,23 @@ def draw_episode(
         ax.set_title(f"{r.step}", fontsize=8, color="#555555")
         ax.set_xlabel("\n".join(textwrap.wrap(words(r.action) or "end", 19)[:3]), fontsize=6.5)
         if r.reward > 0: ax.spines[:].set(color="#08448c", linewidth=2.5)
-    strip.suptitle("\n".join(textwrap.wrap(f"{name} {episode}: {rows.goal[0]}", int(13*width))[:2]), fontsize=10, parse_math=False)
+    strip.suptitle("\n".join(textwrap.wrap(f"{name} {episode}: {rows.goal[0]}", int(13*width))[:2]), fontsize=10,
+        parse_math=False)
     draw_values(below.subplots(), q[:most], v[:most], lacking)
     return small_picture(figure)
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-008-2
 def draw_values(ax, q, v, lacking=""): # lines over the steps of an episode
-    if lacking: ax.text(.5, .5, textwrap.fill(lacking, 80), ha="center", va="center", transform=ax.transAxes, fontsize=8, parse_math=False); ax.set_axis_off(); return
+    if lacking:
+        ax.text(.5, .5, textwrap.fill(lacking, 80), ha="center", va="center", transform=ax.transAxes, fontsize=8,
+            parse_math=False)
+        ax.set_axis_off(); return
     at = np.arange(len(q))
     ax.plot(at, v, "o-", color="#222222", ms=4, lw=1.5, label="V(s)")
     ax.plot(at, q, "s--", color="#0072B2", ms=4, lw=1.2, label="Q(s, a) of what was done")
     low, high = min(np.nanmin([v, q], initial=0), 0), np.nanmax([v, q], initial=.05) # no magnifying glass on nothing
-    ax.set_ylim(low - .05*(high - low), high + .15*(high - low)); ax.set_xlim(-.5, len(q) - .5); ax.set_xticks(at); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+    ax.set_ylim(low - .05*(high - low), high + .15*(high - low))
+    ax.set_xlim(-.5, len(q) - .5); ax.set_xticks(at); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=7, ncols=2, loc="best")
 
 # %% ../../nbs/explore/72_figures.ipynb #70b-film-2
@@ -80,7 +86,9 @@ def draw_candidates_of(
     episode:int=0, # its number
     step:int=0, # of the episode
 ) -> Image.Image:
-    "The candidates of a recorded state; a star for those that Best-of-N chooses. Raises `DigiqError` at an episode's end."
+    """The candidates of a recorded state; a star for those that Best-of-N chooses.
+
+    Raises `DigiqError` at an episode's end."""
     found, v = view.candidates(name, episode, step)
     if found.empty: raise DigiqError(f"{name} {episode} had ended at step {step}: choose an earlier one")
     state = view.state(name, episode, step)
@@ -108,7 +116,8 @@ def draw_field(
     for ax, (goal, grid, v) in zip(axes[1:], grids):
         show_screen(ax, state.screen)
         unknown = view.unknown(v)
-        colours, extent = ListedColormap([GREY]) if unknown else "viridis", (0, state.screen.width, state.screen.height, 0)
+        colours, extent = ListedColormap([GREY]) if unknown else "viridis", (0, state.screen.width,
+            state.screen.height, 0)
         ax.imshow(grid, colours, norm, alpha=opacity, extent=extent, interpolation="bilinear")
         title = [*textwrap.wrap(goal, 30)[:3], f"V {fixed(v)}", *textwrap.wrap(unknown, 34)]
         ax.set_title("\n".join(title), fontsize=8, parse_math=False)
@@ -132,11 +141,14 @@ def stored_scores(
     view:RunView, # the run
 ) -> pd.DataFrame: # a row a candidate, with `advantage`, and of the recorded ones `happened` (the discounted return) and `success`
     "All scores. Raises `DigiqError` where there are none."
-    if not (view.path/"scores.parquet").exists(): raise DigiqError(f"{view.path} has no scores yet: run nbs/train.ipynb up to the stage that scores")
+    if not (view.path/"scores.parquet").exists():
+        raise DigiqError(f"{view.path} has no scores yet: run nbs/train.ipynb up to the stage that scores")
     gamma = view.lab.preset.critic.gamma
     def read():
-        happened = returns(EpisodeStore(view.path/"episodes"), gamma)[["episode", "step", "happened", "reward", "terminated"]]
-        scores = pd.read_parquet(view.path/"scores.parquet", columns=["episode", "step", "recorded", "success", "q", "v"])
+        happened = returns(EpisodeStore(view.path/"episodes"),
+            gamma)[["episode", "step", "happened", "reward", "terminated"]]
+        scores = pd.read_parquet(view.path/"scores.parquet",
+            columns=["episode", "step", "recorded", "success", "q", "v"])
         return scores.assign(advantage=scores.q - scores.v).merge(happened, on=["episode", "step"], how="left")
     return view.remembered(("all scores", (view.path/"scores.parquet").stat().st_mtime_ns), read)
 
@@ -148,6 +160,7 @@ def axes_of(title, x, y):
     ax.tick_params(labelsize=9); ax.ticklabel_format(axis="y", scilimits=(-2, 3)); ax.locator_params(axis="x", nbins=8)
     return figure, ax
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-017-2
 def draw_reliability(view) -> Image.Image:
     "Predicted Q of recorded training actions, in ten bins, beside what happened."
     s = stored_scores(view); s = s[s.recorded]
@@ -155,10 +168,12 @@ def draw_reliability(view) -> Image.Image:
     plot_reliability(reliability(s.q.to_numpy(), s.happened.to_numpy()), ax)
     return small_picture(figure)
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-017-3
 def draw_roc(view) -> Image.Image:
     "Does V tell episodes that succeed from those that fail? At the start, and over all steps."
     s = stored_scores(view).drop_duplicates(["episode", "step"])
-    figure, ax = axes_of("Is V higher where an episode succeeds?", "failures above the threshold", "successes above the threshold")
+    figure, ax = axes_of("Is V higher where an episode succeeds?", "failures above the threshold",
+        "successes above the threshold")
     for label, some, colour in (("first step", s[s.step == 0], "#E69F00"), ("all steps", s, "#0072B2")):
         fpr, tpr, area = roc(some.v.to_numpy(), some.success.to_numpy(bool))
         ax.plot(fpr, tpr, color=colour, label=f"{label}: AUC {area:.2f}")
@@ -172,11 +187,13 @@ def draw_advantages(view) -> Image.Image:
     figure, ax = axes_of("How good are candidates?", "advantage Q(s, a) − V(s)", "share")
     best = s.groupby(["episode", "step"]).advantage.max()
     bins = np.linspace(*np.quantile(s.advantage, [.002, .998]), 40)
-    for label, x, colour, style in (("all candidates", s.advantage, "#999999", "-"), ("recorded", s[s.recorded].advantage, "#E69F00", "--"), ("best of a state", best, "#0072B2", "-")):
+    for label, x, colour, style in (("all candidates", s.advantage, "#999999", "-"),
+        ("recorded", s[s.recorded].advantage, "#E69F00", "--"), ("best of a state", best, "#0072B2", "-")):
         ax.stairs(np.histogram(x, bins)[0]/len(x), bins, color=colour, linestyle=style, label=label, lw=1.6)
     ax.axvline(0, color="#555555", lw=.8); ax.legend(frameon=False, fontsize=8)
     return small_picture(figure)
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-018-2
 def draw_td_error(view) -> Image.Image:
     "r + gamma V(s') - Q(s, a) of recorded actions, by step: median and the middle half."
     s = stored_scores(view); s = s[s.recorded].sort_values(["episode", "step"])
@@ -185,7 +202,8 @@ def draw_td_error(view) -> Image.Image:
     s = s[s.terminated.astype(bool) | (s.groupby("episode").step.shift(-1) == s.step + 1)]
     low, middle, high = (s.groupby("step").td.quantile(p) for p in (.25, .5, .75))
     figure, ax = axes_of("Where is the critic surprised?", "step", "r + γV(s′) − Q(s, a)")
-    ax.fill_between(low.index, low, high, color="#0072B2", alpha=.25, lw=0, label="middle half"); ax.plot(middle.index, middle, "o-", color="#0072B2", ms=3, label="median")
+    ax.fill_between(low.index, low, high, color="#0072B2", alpha=.25, lw=0, label="middle half")
+    ax.plot(middle.index, middle, "o-", color="#0072B2", ms=3, label="median")
     ax.axhline(0, color="#555555", lw=.8); ax.legend(frameon=False)
     return small_picture(figure)
 
@@ -214,7 +232,9 @@ def draw_map(
     changed = np.array([looks(r.episode, r.step) != looks(r.episode, r.step + 1) for r in rows.itertuples()])
     at, share = project(x)
     figure, ax = axes_of("What f(s, a) tells apart", f"first component, {share[0]:.0%}", f"second, {share[1]:.0%}")
-    for label, some, colour, mark in (("screen stays", ~changed, "#E69F00", "x"), ("screen changes", changed, "#0072B2", "o")): ax.scatter(*at[some].T, s=14, color=colour, marker=mark, alpha=.6, linewidths=1, label=label)
+    for label, some, colour, mark in (("screen stays", ~changed, "#E69F00", "x"),
+        ("screen changes", changed, "#0072B2", "o")):
+        ax.scatter(*at[some].T, s=14, color=colour, marker=mark, alpha=.6, linewidths=1, label=label)
     ax.legend(frameon=False, fontsize=8)
     return small_picture(figure)
 
@@ -223,7 +243,8 @@ def draw_training(view) -> Image.Image:
     "Losses of everything that has been trained so far, or is being trained. Raises `DigiqError` where nothing is."
     return view.lab.draw_curves()
 
-DIAGNOSTICS = {"Reliability": draw_reliability, "ROC of V": draw_roc, "Advantages": draw_advantages, "TD error": draw_td_error, "Training": draw_training, "Map of f(s, a)": draw_map}
+DIAGNOSTICS = {"Reliability": draw_reliability, "ROC of V": draw_roc, "Advantages": draw_advantages,
+    "TD error": draw_td_error, "Training": draw_training, "Map of f(s, a)": draw_map}
 
 # %% ../../nbs/explore/72_figures.ipynb #70b-025
 def parting(
@@ -234,6 +255,7 @@ def parting(
     same = [x == y for x, y in zip(a.action, b.action)]
     return same.index(False) if False in same else len(same)
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-025-2
 def draw_pair(
     view:RunView, # the run
     one:str, # a set, e.g. "evaluations/behaviour"
@@ -250,7 +272,8 @@ def draw_pair(
             if k >= len(rows): ax.set_axis_off(); continue
             screen = view.screen(n, episode, k)
             show_screen(ax, screen); draw_action(ax, rows.action[k], screen.size)
-            ax.set_title(f"{k}{'  parts here' if k == at else ''}", fontsize=7, color="#b00020" if k == at else "#555555")
+            ax.set_title(f"{k}{'  parts here' if k == at else ''}", fontsize=7,
+                color="#b00020" if k == at else "#555555")
             ax.set_xlabel("\n".join(textwrap.wrap(words(rows.action[k]) or "end", 19)[:3]), fontsize=6.5)
             if k == at: ax.spines[:].set(color="#b00020", linewidth=2.5)
         part.suptitle(f"{n.rpartition('/')[2]}: {'success' if rows.reward.max() >= 1 else 'no success'} after {len(rows) - 1} steps", fontsize=9)

@@ -46,7 +46,9 @@ class RunView:
         path:str|Path, # the run directory; relative to the repository where the notebook was started in nbs/
     ):
         self.path = from_nbs(path)
-        if not self.path.is_dir(): raise DigiqError(f"there is no run directory {self.path}: run nbs/train.ipynb first, or give the path of a run")
+        if not self.path.is_dir():
+            raise DigiqError(
+                f"there is no run directory {self.path}: run nbs/train.ipynb first, or give the path of a run")
         self.opened, self.memory, self.playing = {}, OrderedDict(), {}
         self.busy = threading.RLock() # held while critic and VLM are at work: they serve one at a time
         self.noting = threading.Lock() # held while `memory` changes
@@ -65,9 +67,11 @@ def lacks(self:RunView) -> dict[str, str]: # stage: what that means
     for name, meaning in MEANING.items():
         record = self.path/"stages"/f"{name}.json"
         begun = record.exists()
-        if not (begun and read_json(record)["done"]): out[name] = f"{name} has not been run: {meaning}" if not begun else f"{name} is still being written: {'refresh to see more' if name == 'episodes' else meaning}"
+        if not (begun and read_json(record)["done"]):
+            out[name] = f"{name} has not been run: {meaning}" if not begun else f"{name} is still being written: {'refresh to see more' if name == 'episodes' else meaning}"
     return out
 
+# %% ../../nbs/explore/70_run.ipynb #70-009-2
 @patch
 def has(self:RunView,
     *stages:str, # names
@@ -76,6 +80,7 @@ def has(self:RunView,
     missing = self.lacks()
     return not any(s in missing for s in stages)
 
+# %% ../../nbs/explore/70_run.ipynb #70-009-3
 @patch
 def remembered(self:RunView, key, make, most=400):
     "Compute something once, and keep it for a while. Threads may ask at the same time; at worst both compute it."
@@ -91,21 +96,27 @@ def remembered(self:RunView, key, make, most=400):
 @patch
 def sets(self:RunView) -> list[str]: # directories of the run
     "The sets of episodes that have something to show."
-    names = ["episodes", "demonstrations", *(f"evaluations/{p.name}" for p in sorted((self.path/"evaluations").glob("*")))]
+    names = ["episodes", "demonstrations",
+        *(f"evaluations/{p.name}" for p in sorted((self.path/"evaluations").glob("*")))]
     return [n for n in names if any((self.path/n).glob("*.parquet"))]
 
+# %% ../../nbs/explore/70_run.ipynb #70-011-2
 @patch
 def store(self:RunView,
     name:str, # of a set
 ) -> EpisodeStore:
     "A set of episodes, as far as it is written. Raises `DigiqError` where there is none."
-    files = tuple(sorted((self.path/name).glob("*.parquet"))) if name.split("/")[0] in ("episodes", "demonstrations", "evaluations") else ()
-    if not files: raise DigiqError(f"{self.path} has no set of episodes {name!r}: choose {', '.join(self.sets()) or 'nothing, it is empty'}")
+    files = tuple(sorted((self.path/name).glob("*.parquet"))) if name.split("/")[0] in ("episodes", "demonstrations",
+        "evaluations") else ()
+    if not files:
+        raise DigiqError(
+            f"{self.path} has no set of episodes {name!r}: choose {', '.join(self.sets()) or 'nothing, it is empty'}")
     if self.opened.get(name, (None,))[0] != files:
         found = EpisodeStore(self.path/name)
         self.opened[name] = files, found, found.episodes(), {}
     return self.opened[name][1]
 
+# %% ../../nbs/explore/70_run.ipynb #70-011-3
 @patch
 def table(self:RunView,
     name:str, # of a set
@@ -161,6 +172,7 @@ def teaches_most(
     v = won[won.episode == best].set_index("step").v
     return int(best), int(v.diff().shift(-1).fillna(0).idxmax())
 
+# %% ../../nbs/explore/70_run.ipynb #70-013b-2
 @patch
 def opening(self:RunView,
     name:str="episodes", # of a set
@@ -180,14 +192,17 @@ def picture(self:RunView,
 ) -> bytes: # a WebP file
     "One screen. Raises `DigiqError` where it was not recorded and cannot be played again."
     data = self.store(name).picture(episode, step)
-    return self.remembered(("replay", name, episode), lambda: [*map(encode_screen, self._replay(name, episode))])[step] if data is None else data
+    return self.remembered(("replay", name, episode),
+        lambda: [*map(encode_screen, self._replay(name, episode))])[step] if data is None else data
 
 @patch
 def _replay(self:RunView, name, episode):
     rows = self.steps(name, episode)
     split = rows.task_id.iloc[0].split("-")[1]
     tasks = self.lab.tasks(split)
-    for screen, *_ in rollout.replay(self.store(name), episode, tasks, self.lab.make_env(tasks, self.lab.preset.horizon)): yield screen
+    for screen, *_ in rollout.replay(self.store(name), episode, tasks,
+        self.lab.make_env(tasks, self.lab.preset.horizon)):
+        yield screen
 
 @patch
 async def pictures(self:RunView,
@@ -199,7 +214,8 @@ async def pictures(self:RunView,
     if key not in self.memory and self.store(name).picture(episode, 0) is None:
         if key not in self.playing:
             self.playing[key] = asyncio.create_task(self._play(key))
-            self.playing[key].add_done_callback(lambda task: (self.playing.pop(key, None), task.cancelled() or task.exception())) # which is told to those who wait, if any
+            self.playing[key].add_done_callback(lambda task: (self.playing.pop(key, None),
+                task.cancelled() or task.exception())) # which is told to those who wait, if any
         await asyncio.shield(self.playing[key]) # who comes back for it finds it further on
     return [self.picture(name, episode, s) for s in self.steps(name, episode).step]
 
@@ -214,6 +230,7 @@ async def _play(self:RunView, key):
     made = await asyncio.gather(*order)
     self.remembered(key, lambda: made)
 
+# %% ../../nbs/explore/70_run.ipynb #70-015-2
 @patch
 def size(self:RunView,
     name:str, # of a set
@@ -223,6 +240,7 @@ def size(self:RunView,
     data = self.store(name).picture(episode, 0)
     return Image.open(io.BytesIO(data)).size if data else SimPhone().size
 
+# %% ../../nbs/explore/70_run.ipynb #70-015-3
 @patch
 def screen(self:RunView,
     name:str, # of a set
@@ -242,6 +260,7 @@ class State:
     before:Image.Image # what it showed one step earlier; the same one at the start
     prompt:str # the policy's text input
 
+# %% ../../nbs/explore/70_run.ipynb #70-016-2
 @patch
 def state(self:RunView,
     name:str, # of a set
@@ -250,9 +269,11 @@ def state(self:RunView,
 ) -> State:
     "A recorded state."
     rows = self.steps(name, episode)
-    if not 0 <= step < len(rows): raise DigiqError(f"{name} episode {episode} has no step {step}: they go from 0 to {len(rows) - 1}")
+    if not 0 <= step < len(rows):
+        raise DigiqError(f"{name} episode {episode} has no step {step}: they go from 0 to {len(rows) - 1}")
     r = rows.iloc[step]
-    return State(r.goal, r.previous, self.screen(name, episode, step), self.screen(name, episode, max(step - 1, 0)), r.prompt)
+    return State(r.goal, r.previous, self.screen(name, episode, step), self.screen(name, episode, max(step - 1, 0)),
+        r.prompt)
 
 # %% ../../nbs/explore/70_run.ipynb #70-018
 class Remembering:
@@ -285,9 +306,11 @@ def scorer(self:RunView) -> Scorer:
     "The critic. Raises `DigiqError` where it is not trained yet."
     if "_scorer" not in self.__dict__:
         critic, lab = self.lab.load_critic(), self.lab
-        self._scorer = Scorer(critic, lab.tokenizer, lab.image_encoder, Remembering(lab.embedder) if critic.cfg.representation else NullEmbedder(), lab.preset.device)
+        self._scorer = Scorer(critic, lab.tokenizer, lab.image_encoder,
+            Remembering(lab.embedder) if critic.cfg.representation else NullEmbedder(), lab.preset.device)
     return self._scorer
 
+# %% ../../nbs/explore/70_run.ipynb #70-020-2
 @patch
 def score(self:RunView,
     state:State, # where
@@ -295,9 +318,12 @@ def score(self:RunView,
     goal:str=None, # in the place of the state's own
 ) -> tuple[np.ndarray, np.ndarray]: # Q float32 [heads, len(actions)], V float32 [heads]
     "What the critic's heads say."
-    with self.busy: q, v = self.scorer.heads([state.goal if goal is None else goal], [state.previous], [state.screen], [state.before], [actions])
+    with self.busy:
+        q, v = self.scorer.heads([state.goal if goal is None else goal], [state.previous], [state.screen],
+            [state.before], [actions])
     return q[0], v[:, 0]
 
+# %% ../../nbs/explore/70_run.ipynb #70-020-3
 @patch
 def combine(self:RunView,
     values:np.ndarray, # [heads, ...]
@@ -314,8 +340,10 @@ def stored(self:RunView,
     path = self.path/"scores.parquet"
     columns = ["step", "action", "count", "recorded", "q", "v"]
     if not path.exists(): return pd.DataFrame(columns=columns)
-    return self.remembered(("scores", episode), lambda: pq.read_table(path, columns=columns, filters=[("episode", "==", episode)]).to_pandas())
+    return self.remembered(("scores", episode),
+        lambda: pq.read_table(path, columns=columns, filters=[("episode", "==", episode)]).to_pandas())
 
+# %% ../../nbs/explore/70_run.ipynb #70-021-2
 @patch
 def values(self:RunView,
     name:str, # of a set
@@ -362,7 +390,8 @@ def proposed(self:RunView,
     "Candidate actions: the stored ones, else samples of the behaviour policy."
     if name == "episodes" and self.has("proposals"): return _proposals(self.path/"proposals").actions(episode, step)
     recorded, lab = self.steps(name, episode).action[step], self.lab
-    sampled = lambda: lab.behaviour.act(*([x] for x in self._seen(name, episode, step)), lab.preset.proposals.n - 1, lab.preset.proposals.temperature)[0]
+    sampled = lambda: lab.behaviour.act(*([x] for x in self._seen(name, episode, step)), lab.preset.proposals.n - 1,
+        lab.preset.proposals.temperature)[0]
     return [recorded]*bool(recorded) + self.remembered(("proposed", name, episode, step), sampled)
 
 @patch
@@ -376,6 +405,7 @@ def _proposals(path): return Proposals(path)
 @lru_cache(maxsize=4)
 def _embeddings(path): return Embeddings(path)
 
+# %% ../../nbs/explore/70_run.ipynb #70-023-2
 @patch(as_prop=True)
 def embeddings(self:RunView) -> Embeddings:
     "Stored f(s, a). Raises `DigiqError` where there is none."
@@ -390,19 +420,24 @@ def ended(
     "Whether nothing was done at a step: the episode had ended."
     return not (rows.action[step] or rows.error[step])
 
+# %% ../../nbs/explore/70_run.ipynb #70-024-2
 @patch
 def candidates(self:RunView,
     name:str, # of a set
     episode:int, # its number
     step:int, # of the episode
 ) -> tuple[pd.DataFrame, float]: # a row a distinct candidate: action, words, count, recorded, q1, q2, q, advantage, log_prob, chosen; and V
-    "The candidates of a state and all that is known of them; nan where the critic is missing. At an episode's end there are none."
+    """The candidates of a state and all that is known of them; nan where the critic is missing.
+
+    At an episode's end there are none."""
     return self.remembered(("candidates", name, episode, step), lambda: self._candidates(name, episode, step))
 
 @patch
 def _candidates(self:RunView, name, episode, step):
     rows = self.steps(name, episode)
-    if ended(rows, step): return pd.DataFrame(columns=["action", "words", "count", "recorded", "log_prob", "q", "q1", "q2", "advantage", "chosen"]), np.nan
+    if ended(rows, step):
+        return pd.DataFrame(columns=["action", "words", "count", "recorded", "log_prob", "q", "q1", "q2", "advantage",
+            "chosen"]), np.nan
     names, state = self.proposed(name, episode, step), self.state(name, episode, step)
     recorded = rows.action[step]
     out = pd.DataFrame(dict(action=list(dict.fromkeys(names))))
@@ -440,7 +475,8 @@ def _log_prob(self:RunView, state, actions):
 def _chosen(self:RunView, out, v):
     rule, n = self.lab.preset.extraction, len(out)
     if out.q.isna().all(): return np.zeros(n, bool)
-    scores = Scores(np.zeros(n, int), out.action.to_numpy(), out["count"].to_numpy(), out.recorded.to_numpy(), out.q.notna().to_numpy(), np.zeros(n, bool), out.q.to_numpy(np.float32), np.full(n, v, np.float32))
+    scores = Scores(np.zeros(n, int), out.action.to_numpy(), out["count"].to_numpy(), out.recorded.to_numpy(),
+        out.q.notna().to_numpy(), np.zeros(n, bool), out.q.to_numpy(np.float32), np.full(n, v, np.float32))
     return np.isin(np.arange(n), extraction.best_of_n(scores, rule.threshold)[0])
 
 # %% ../../nbs/explore/70_run.ipynb #70-026

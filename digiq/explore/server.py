@@ -22,7 +22,8 @@ def write_page(
 ) -> Path: # explore.ipynb
     "The notebook that Voilà shows. The path of the run enters it as a literal, whatever its characters."
     cells = ["from digiq.explore import explore", f"explore({str(run_dir.resolve())!r})"]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     path = Path(folder)/"explore.ipynb"
     nbformat.write(nb, path)
     return path
@@ -63,4 +64,6 @@ def serve(
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
         print(f"http://127.0.0.1:{port}/?token={token}", flush=True)
         here = Config(Voila=dict(tornado_settings=dict(headers={"Content-Security-Policy": f"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws://127.0.0.1:{port}"})))
-        Voila.launch_instance(config=here, argv=[str(page), "--Voila.ip=127.0.0.1", f"--port={port}", f"--token={token}", f"--theme={theme}", "--template=digiq", *["--no-browser"]*(not browser)])
+        Voila.launch_instance(config=here,
+            argv=[str(page), "--Voila.ip=127.0.0.1", f"--port={port}", f"--token={token}", f"--theme={theme}",
+            "--template=digiq", *["--no-browser"]*(not browser)])

@@ -29,7 +29,8 @@ def steps_from(
     if task.level == 1: return 0
     right = page.get("query") == normal(task.query)
     if right and page["kind"] == "results": return 0 if task.level == 2 else OPEN + page["number"]
-    return 0 if right and task.level == 3 and page["kind"] == "product" and page["rank"] == 0 else after
+    opened = page["kind"] == "product" and page["rank"] == 0
+    return 0 if right and task.level == 3 and opened else after
 
 # %% ../../nbs/phone/36_truth.ipynb #12a-009
 WAIT = ("wait", "")  # a tap that does nothing
@@ -43,6 +44,7 @@ def reachable(
     found = phone.screen().target(event)
     return found is not None and found.box[2] - found.box[0] >= MARGIN
 
+# %% ../../nbs/phone/36_truth.ipynb #36-002
 def next_move(
     phone:SimPhone, # now
     task:Task,      # what is asked for
@@ -53,7 +55,8 @@ def next_move(
     own = phone.now["apps"]["browser"]
     pages, page = own["tabs"][own["tab"]], APPS["browser"].page(own)
     if own["overview"] or own["menu"]: return ("press", "back")
-    if len(pages) > 1 and not own["focus"] and steps_from(pages[-2], task) + 1 < steps_from(page, task): return ("press", "back")
+    detour = len(pages) > 1 and steps_from(pages[-2], task) + 1 < steps_from(page, task)  # nearer from the page before
+    if detour and not own["focus"]: return ("press", "back")
     if page.get("wait"): return WAIT
     return in_shop(phone, own, page, task) if page.get("site") == task.site else to_shop(phone, own, page, task)
 
@@ -70,6 +73,7 @@ def to_shop(
             if reachable(phone, event): return ("tap", event)
     return edit(own, "address", task.site)
 
+# %% ../../nbs/phone/36_truth.ipynb #36-003
 def in_shop(
     phone:SimPhone, # now
     own:dict,       # state of the browser
@@ -77,13 +81,15 @@ def in_shop(
     task:Task,      # what is asked for
 ) -> tuple: # a move
     "Answer what covers the page, search, open the first result."
-    if own["focus"] == "address" or steps_from(page, task) == 0: return ("press", "back") # at the goal only something else hides it
+    at_goal = steps_from(page, task) == 0                                       # only something else hides it
+    if own["focus"] == "address" or at_goal: return ("press", "back")
     if page.get("popup"): return ("tap", ("dismiss",))
     if asks_consent(own, page, phone.episode): return ("tap", ("consent", "saved" if own["settings"] else "accepted"))
     move = edit(own, "search", task.query)
     if page["kind"] == "results" and page["query"] == normal(task.query):
         if own["focus"]: return ("press", "back")
-        move = ("tap", ("turn", page["number"] - 1) if page["number"] else ("product", 0, organic(phone.episode, page)[0]))
+        first = ("product", 0, organic(phone.episode, page)[0])
+        move = ("tap", ("turn", page["number"] - 1) if page["number"] else first)
     if move[0] == "tap" and not reachable(phone, move[1]): return ("scroll", "up" if page.get("scroll") else "down")
     return move
 
@@ -136,7 +142,8 @@ def true_q(
     phone:SimPhone,     # in the state to be judged; stays as it is
     task:Task,          # what is asked for
     actions:list,       # candidate actions, as the policy writes them
-    policy,             # (goals, histories, screens) -> list of actions, in batches; or `oracle`, for which no picture is painted
+    policy,
+                # (goals, histories, screens) -> list of actions, in batches; or `oracle`, for which no picture is painted
     gamma:float=0.95,   # discount a step
     horizon:int=20,     # steps, the candidate included
     rollouts:int=8,     # copies a candidate
@@ -151,16 +158,22 @@ def true_q(
         if step: said = _said(policy, task, [copies[i] for i in running], [history[i] for i in running])
         going = []
         for i, text in zip(running, said):
-            valid = is_valid(text)
-            if valid:
-                action, history[i] = parse(text), decision(text)
-                perform(copies[i], action)
+            ended, history[i] = _acted(copies[i], text, history[i])
             if copies[i].judge(task): value[i] = gamma ** step
-            elif not valid or not action.kind.startswith(("STATUS", "TASK")): going.append(i)
+            elif not ended: going.append(i)
         running = going
         if not running: break
     return [sum(value[k * rollouts:(k + 1) * rollouts]) / rollouts for k in range(len(actions))]
 
+# %% ../../nbs/phone/36_truth.ipynb #36-008
+def _acted(phone, text, history):
+    "(whether the action ends the episode, history after it); what is malformed is not performed."
+    if not is_valid(text): return False, history
+    action = parse(text)
+    perform(phone, action)
+    return action.kind.startswith(("STATUS", "TASK")), decision(text)
+
+# %% ../../nbs/phone/36_truth.ipynb #36-009
 def _said(policy, task, phones, histories):
     if policy is oracle: return [render(oracle(p, task)) for p in phones]
     return policy([task.goal] * len(phones), histories, [p.screenshot() for p in phones])

@@ -102,7 +102,12 @@ class Link:
         self.streams, self.tasks = {}, {} # by their number here
         self.largest, self.made = 0, 0 # bytes in a packet, 0 before CNXN; streams so far
 
-    async def send(self, command, stream, data=b""):
+    async def send(self,
+        command:bytes, # of the packet
+        stream:Stream, # that it belongs to
+        data:bytes=b"", # at most `largest`
+    ):
+        "One packet."
         self.writer.write(pack(command, stream.mine, stream.theirs, data))
         await self.writer.drain()
 
@@ -118,7 +123,13 @@ class Link:
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-010
 @patch
-async def handle(self:Link, command, a, b, data):
+async def handle(self:Link,
+    command:bytes, # of a packet
+    a:int, # its first argument, for OPEN the other side's number of the stream
+    b:int, # its second: the number here, for CNXN the most bytes that the other side takes
+    data:bytes, # what it brought
+):
+    "Act on a packet. Raises `PacketError` where it breaks the rules."
     traits = self.android.traits
     if traits.offline: return
     if traits.unauthorised and command in (b"CNXN", b"AUTH"):
@@ -147,7 +158,11 @@ def _greet(self:Link, most): # answer CNXN; `most` bytes are what the other side
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-010-1
 @patch
-async def open(self:Link, theirs, data):
+async def open(self:Link,
+    theirs:int, # the other side's number of the stream
+    data:bytes, # name of the service, modifiers after commas, and after a colon its argument
+):
+    "Begin a service, or refuse it with CLSE."
     head, _, argument = data.rstrip(b"\0").decode(errors="surrogateescape").partition(":")
     name, *modifiers = head.split(",")
     self.made += 1
@@ -162,7 +177,13 @@ async def open(self:Link, theirs, data):
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-010-2
 @patch
-async def attend(self:Link, stream, service, modifiers, argument):
+async def attend(self:Link,
+    stream:Stream, # that it speaks to
+    service, # coroutine function of `SERVICES`
+    modifiers:list[str], # e.g. v2, pty
+    argument:str, # e.g. a command
+):
+    "Run a service to its end; then its stream is closed."
     try:
         with suppress(PacketError, OSError):
             await service(stream, self.android, modifiers, argument)
@@ -171,7 +192,10 @@ async def attend(self:Link, stream, service, modifiers, argument):
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-010-3
 @patch
-async def end(self:Link, stream):
+async def end(self:Link,
+    stream:Stream, # that is over
+):
+    "Close a stream and stop its service. Does nothing the second time."
     if self.streams.pop(stream.mine, None) is None: return
     with suppress(OSError): await self.send(b"CLSE", stream)
     task = self.tasks.pop(stream.mine)
@@ -223,7 +247,7 @@ class _Shell:
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-012-3
 @patch
-async def line(self:_Shell): # None at the end
+async def line(self:_Shell) -> str|None: # None at the end
     if self.echo: await self.say(1, b"simphone:/ $ ")
     while b"\n" not in self.typed and not self.over:
         channel, data = 0, b""

@@ -291,7 +291,13 @@ def interval(
 # %% ../../nbs/play/42_fleet.ipynb #33-019-1
 class Display:
     "The progress of a fleet."
-    def __init__(self, total, done, won, desc, fleet): # `done` and `won` by an earlier attempt
+    def __init__(self,
+        total:int, # episodes of the set
+        done:int, # played by an earlier attempt
+        won:int, # successes among those
+        desc:str, # name of the set
+        fleet:Fleet, # whose devices are shown
+    ):
         self.fleet, self.won, self.n, self.steps, self.began = fleet, won, done, 0, time.monotonic()
         self.bar = progress(total=total, initial=done, desc=desc)
         self.line = type(self.bar)(bar_format="{desc}", mininterval=1.)
@@ -300,18 +306,26 @@ class Display:
         self.line.close()
         self.bar.close()
 
-    def add(self, rows): # an episode has ended
-        self.won, self.n, self.steps = self.won + (rows[-2]["reward"] >= 1), self.n + 1, self.steps + len(rows) - 1
-        rate = self.steps / (time.monotonic() - self.began)
-        text = "success {:.0%}..{:.0%}, {:.1f} steps/s".format(*interval(self.won, self.n), rate)
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(1)
+# %% ../../nbs/play/42_fleet.ipynb #33-019-2
+@patch
+def add(self:Display,
+    rows:list[dict], # of an episode that has ended
+):
+    "Count an episode."
+    self.won, self.n, self.steps = self.won + (rows[-2]["reward"] >= 1), self.n + 1, self.steps + len(rows) - 1
+    rate = self.steps / (time.monotonic() - self.began)
+    text = "success {:.0%}..{:.0%}, {:.1f} steps/s".format(*interval(self.won, self.n), rate)
+    self.bar.set_postfix_str(text, refresh=False)
+    self.bar.update(1)
 
-    def look(self): # at the devices
-        letters = "".join("x" if w.state == "retired" else w.state[0] for w in self.fleet.workers)
-        states = ", ".join(f"{n} {s}" for s, n in sorted(self.fleet.states().items()))
-        if self.line.desc != (text := f"devices {letters} ({states})"): self.line.desc = text
-        self.line.update(0)
+# %% ../../nbs/play/42_fleet.ipynb #33-019-3
+@patch
+def look(self:Display):
+    "Show how the devices are."
+    letters = "".join("x" if w.state == "retired" else w.state[0] for w in self.fleet.workers)
+    states = ", ".join(f"{n} {s}" for s, n in sorted(self.fleet.states().items()))
+    if self.line.desc != (text := f"devices {letters} ({states})"): self.line.desc = text
+    self.line.update(0)
 
 # %% ../../nbs/play/42_fleet.ipynb #33-021
 def _fill(store, kept, fleet, jobs, todo, cfg, stage, name):

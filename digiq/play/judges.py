@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageChops
@@ -27,6 +28,17 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop
 from ..core import DataError, DigiqError, atomic, from_dict, read_json
 from ..env import DeviceError
 from ..foreign import disguise, pause, reason, rgb
+
+# %% ../../nbs/play/41_judges.ipynb #25-007a
+def _is_address(
+    url:str, # of an endpoint
+) -> bool:
+    "Whether this can be the address of a web service: its scheme, host, port and characters are sound."
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname and parts.hostname.encode("idna")
+        return bool(parts.scheme in ("http", "https") and host and parts.port != 0 and re.fullmatch("[!-~]+", url))
+    except ValueError: return False
 
 # %% ../../nbs/play/41_judges.ipynb #25-008
 @dataclass(frozen=True)
@@ -41,16 +53,22 @@ class JudgeSettings:
     limit:float=20. # seconds for an answer
     tries:int=4 # questions for a verdict at most
     patience:float=90. # seconds for a verdict, with all tries and pauses; should be shorter than `FleetSettings.limit`
-    budget:int=2000 # answers at most, in all runs with the same log; of several at once each may exceed it by the questions that are under way when it is reached
-    options:dict[str, Any]=field(default_factory=lambda: {"temperature": 0, "max_tokens": 500}) # further fields of the request, as the endpoint wants them
+    # answers at most, in all runs with the same log; of several at once, each may exceed it by the questions under way
+    budget:int=2000
+    # further fields of the request, as the endpoint wants them
+    options:dict[str, Any]=field(default_factory=lambda: {"temperature": 0, "max_tokens": 500})
     schema:bool=True # the endpoint knows JSON schemas; if not, the form of the answer is only asked for in words
 
     def __post_init__(self):
-        if not re.fullmatch("([A-Z_][A-Z0-9_]*)?", self.key): raise DigiqError("judge.key is the name of an environment variable, in capitals, e.g. OPENAI_API_KEY: put the key itself into that variable")
-        if set("@?#") & set(self.url): raise DigiqError("judge.url contains a user's name, a password or a query: put the key into the environment variable that judge.key names")
-        try: sound = (url := urlsplit(self.url)).scheme in ("http", "https") and url.hostname and url.hostname.encode("idna") and url.port != 0 and re.fullmatch("[!-~]+", self.url)
-        except ValueError: sound = False
-        if not sound: raise DigiqError("judge.url is no http or https address of an endpoint: write it like https://api.openai.com/v1")
+        if not re.fullmatch("([A-Z_][A-Z0-9_]*)?", self.key):
+            raise DigiqError("judge.key is the name of an environment variable, in capitals, e.g. OPENAI_API_KEY: "
+                             "put the key itself into that variable")
+        if set("@?#") & set(self.url):
+            raise DigiqError("judge.url contains a user's name, a password or a query: "
+                             "put the key into the environment variable that judge.key names")
+        if not _is_address(self.url):
+            raise DigiqError("judge.url is no http or https address of an endpoint: "
+                             "write it like https://api.openai.com/v1")
 
 # %% ../../nbs/play/41_judges.ipynb #25-011
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class Example:
     reasoning:str # why
     success:bool # whether the screen shows that it is done
 
+# %% ../../nbs/play/41_judges.ipynb #25-011-1
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def load_examples(
@@ -74,11 +93,15 @@ def load_examples(
     "Read examples. Raises `DataError` where one half of a pair is missing or damaged."
     pictures = {f.stem: f for f in sorted(Path(folder).glob("*")) if f.suffix.lower() in PICTURES}
     verdicts = {f.stem: f for f in Path(folder).glob("*.json")}
-    if not pictures: raise DataError(f"{folder} holds no pictures ({', '.join(PICTURES)}): put examples there, or set judge.examples to ''")
-    if alone := sorted(pictures.keys() ^ verdicts.keys()): raise DataError(f"{folder}: {alone[0]} needs both a picture and a JSON file with goal, reasoning and success")
+    if not pictures:
+        raise DataError(f"{folder} holds no pictures ({', '.join(PICTURES)}): put examples there, "
+                        "or set judge.examples to ''")
+    if alone := sorted(pictures.keys() ^ verdicts.keys()):
+        raise DataError(f"{folder}: {alone[0]} needs both a picture and a JSON file with goal, reasoning and success")
     def read(name):
         try: return from_dict(Example, read_json(verdicts[name]), str(verdicts[name])), rgb(Image.open(pictures[name]))
-        except OSError as e: raise DataError(f"{pictures[name]} is {disguise(pictures[name]) or f'no picture: {e}'}") from None
+        except OSError as e:
+            raise DataError(f"{pictures[name]} is {disguise(pictures[name]) or f'no picture: {e}'}") from None
     return [read(name) for name in pictures]
 
 # %% ../../nbs/play/41_judges.ipynb #25-013
@@ -86,7 +109,6 @@ TAGS = r"think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad|seed:t
 OPEN = rf"<(?:{TAGS})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis|<\|channel>thought"
 CLOSE = rf"</(?:{TAGS})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final|<channel\|>"
 STOPS = re.compile(rf"(?P<object>\{{)|(?P<open>{OPEN})|(?P<close>{CLOSE})", re.IGNORECASE)
-
 def _verdict(found): # None where an object is none
     try: said = {k.lower(): v for k, v in found.items() if k.lower() in ("reasoning", "success")}
     except AttributeError: return None
@@ -94,7 +116,9 @@ def _verdict(found): # None where an object is none
     try: return from_dict(Verdict, said)
     except DigiqError: return None
 
-QUOTED = re.compile(r'\{\s*"reasoning"\s*:\s*"((?:(?!"(?:reasoning|success)").)*)"\s*,\s*"success"\s*:\s*(true|false)\s*}', re.DOTALL | re.IGNORECASE)
+# %% ../../nbs/play/41_judges.ipynb #25-013-1
+QUOTED = re.compile(r'\{\s*"reasoning"\s*:\s*"((?:(?!"(?:reasoning|success)").)*)"\s*,'
+                    r'\s*"success"\s*:\s*(true|false)\s*}', re.DOTALL | re.IGNORECASE)
 
 def _loose(text): # an object in JSON with a comma or quotation marks too many, or in Python
     for said in (text, re.sub("[“”„]", '"', text)):
@@ -103,6 +127,7 @@ def _loose(text): # an object in JSON with a comma or quotation marks too many, 
     if found := QUOTED.fullmatch(text): return dict(reasoning=found[1], success=found[2])
     return ast.literal_eval(re.sub(r":\s*(true|false)(?=\s*[,}])", lambda m: f": {m[1].title()}", text))
 
+# %% ../../nbs/play/41_judges.ipynb #25-013-2
 def _object(text, begin): # the verdict that begins with this brace, and where it ends; None where none does
     try:
         found, end = json.JSONDecoder(strict=False).raw_decode(text, begin)
@@ -113,6 +138,7 @@ def _object(text, begin): # the verdict that begins with this brace, and where i
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): continue
         if verdict: return verdict, begin + brace.end()
 
+# %% ../../nbs/play/41_judges.ipynb #25-013-3
 def read_verdict(
     text:str, # a model's answer
 ) -> Verdict:
@@ -130,10 +156,10 @@ def read_verdict(
 INSTRUCTIONS = """You see the screen of a phone after an agent has acted. Decide whether the goal that it was given is reached on this screen.
 Judge only what can be seen. A page that is still loading, a search that was typed but not sent, another site or another search, or a goal that is only partly reached is no success.
 Answer with a JSON object: "reasoning", one or two sentences on what the screen shows and how it compares to the goal; then "success", true or false."""
-
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": {"type": "object", "additionalProperties": False, "required": ["reasoning", "success"],
-          "properties": {"reasoning": {"type": "string"}, "success": {"type": "boolean"}}}}}
-
+_PROPERTIES = {"reasoning": {"type": "string"}, "success": {"type": "boolean"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": {
+          "type": "object", "additionalProperties": False, "required": ["reasoning", "success"],
+          "properties": _PROPERTIES}}}
 def shrink(
     picture:Image.Image, # a screen
     side:int, # pixels of the longer side at most
@@ -144,12 +170,25 @@ def shrink(
     picture.save(out, "PNG", compress_level=6)
     return out.getvalue()
 
+# %% ../../nbs/play/41_judges.ipynb #25-016-1
 def ask_for(
     goal:str, # in words
     picture:bytes, # PNG
 ) -> dict: # a message
     "The question about a screen."
-    return {"role": "user", "content": [{"type": "text", "text": f"Goal: {goal}"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}}]}
+    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    return {"role": "user", "content": [{"type": "text", "text": f"Goal: {goal}"},
+                                        {"type": "image_url", "image_url": {"url": url}}]}
+
+# %% ../../nbs/play/41_judges.ipynb #25-016a
+def _show_example(
+    example:Example, # a verdict to learn from
+    picture:Image.Image, # and the screen that it is of
+    side:int, # pixels of the longer side at most
+) -> tuple[dict, dict]: # messages
+    "An example as if the model had been asked before: a question and the right answer."
+    answer = {"reasoning": example.reasoning, "success": example.success}
+    return ask_for(example.goal, shrink(picture, side)), {"role": "assistant", "content": json.dumps(answer)}
 
 # %% ../../nbs/play/41_judges.ipynb #25-018
 class JudgeError(DeviceError):
@@ -161,6 +200,7 @@ class JudgeError(DeviceError):
         super().__init__(text)
         self.pause = pause
 
+# %% ../../nbs/play/41_judges.ipynb #25-018-1
 class Judge:
     "A vision-language model as an `Evaluator`. Many threads may ask."
     def __init__(self,
@@ -169,13 +209,20 @@ class Judge:
     ):
         self.cfg, self.log, self.lock = cfg, Path(log), threading.Lock()
         self.secret = os.environ.get(cfg.key, "").strip() if cfg.key else ""
-        if cfg.key and not self.secret: raise DigiqError(f"the judge needs a key: set the environment variable {cfg.key}, or judge.key to '' for an endpoint that wants none")
-        if not re.fullmatch("[!-~]*", self.secret): raise DigiqError(f"the key in the environment variable {cfg.key} contains characters that no key has, such as spaces or accents: copy it again")
-        self.shots = [m for e, p in (load_examples(cfg.examples) if cfg.examples else []) for m in
-                      (ask_for(e.goal, shrink(p, cfg.side)), {"role": "assistant", "content": json.dumps({"reasoning": e.reasoning, "success": e.success})})]
-        self.setup = hashlib.blake2b(json.dumps([cfg.model, cfg.options, cfg.side, INSTRUCTIONS, self.shots]).encode(), digest_size=8).hexdigest() # what a verdict depends on
-        self.known, self.seen = {}, {} # verdicts by picture and goal; by device, goal, task and the screen that was judged last
-        self.at, self.asked, self.underway = 0, 0, 0 # bytes of the log that were read, answers in them, and questions of this process that have none yet
+        if cfg.key and not self.secret:
+            raise DigiqError(f"the judge needs a key: set the environment variable {cfg.key}, "
+                             "or judge.key to '' for an endpoint that wants none")
+        if not re.fullmatch("[!-~]*", self.secret):
+            raise DigiqError(f"the key in the environment variable {cfg.key} contains characters that no key has, "
+                             "such as spaces or accents: copy it again")
+        self.shots = [message for example in (load_examples(cfg.examples) if cfg.examples else [])
+                      for message in _show_example(*example, cfg.side)]
+        depends = json.dumps([cfg.model, cfg.options, cfg.side, INSTRUCTIONS, self.shots]) # what a verdict depends on
+        self.setup = hashlib.blake2b(depends.encode(), digest_size=8).hexdigest()
+        self.known = {} # verdicts by picture and goal
+        self.seen = {} # by device: goal, task and the screen that was judged last
+        self.at, self.asked = 0, 0 # bytes of the log that were read, and answers in them
+        self.underway = 0 # questions of this process that have no answer yet
         with self._open(): pass
     def __repr__(self): return f"Judge({self.cfg.model!r}, {str(self.log)!r})"
 
@@ -191,6 +238,7 @@ def _open(self:Judge): # the log, read to its end, while nobody else has it
             yield f
         finally: flock(f, LOCK_UN) # to close it is not enough where a process was forked meanwhile
 
+# %% ../../nbs/play/41_judges.ipynb #25-019-1
 @patch
 def _read(self:Judge, f):
     self.at = min(self.at, f.seek(0, os.SEEK_END)) # it may have been moved away
@@ -201,28 +249,38 @@ def _read(self:Judge, f):
             break
         try:
             entry = json.loads(line)
-            if entry["setup"] == self.setup and entry["how"] != "unreadable": self.known[entry["picture"].removesuffix(".png"), entry["goal"]] = Verdict(entry["reasoning"], entry["success"])
+            if entry["setup"] == self.setup and entry["how"] != "unreadable":
+                key = entry["picture"].removesuffix(".png"), entry["goal"]
+                self.known[key] = Verdict(entry["reasoning"], entry["success"])
             self.asked += entry["how"] != "remembered"
         except (ValueError, KeyError, TypeError, AttributeError):
             f.seek(0)
-            raise DataError(f"{f.name} line {f.read(self.at).count(10) + 1} is damaged: move the file away, or choose another log") from None
+            raise DataError(f"{f.name} line {f.read(self.at).count(10) + 1} is damaged: move the file away, "
+                            "or choose another log") from None
         self.at += len(line)
 
+# %% ../../nbs/play/41_judges.ipynb #25-019-2
 @patch
 def _pay(self:Judge, name, goal): # or return the verdict that is known
     with self._open():
         if verdict := self.known.get((name, goal)): return verdict
-        if self.asked + self.underway >= self.cfg.budget: raise DigiqError(f"the judge's budget of {self.cfg.budget} answers is spent: look at {self.log}, then raise judge.budget")
+        if self.asked + self.underway >= self.cfg.budget:
+            raise DigiqError(f"the judge's budget of {self.cfg.budget} answers is spent: look at {self.log}, "
+                             "then raise judge.budget")
         self.underway += 1
 
+# %% ../../nbs/play/41_judges.ipynb #25-019-3
 @patch
 def _write(self:Judge, goal, task_id, name, picture, verdict, how, more):
     said = dict(success=verdict.success, reasoning=verdict.reasoning) if verdict else {}
-    entry = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), task_id=task_id, goal=goal, picture=f"{name}.png", **said, how=how, model=self.cfg.model, setup=self.setup, **more)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = dict(time=now, task_id=task_id, goal=goal, picture=f"{name}.png", **said,
+                 how=how, model=self.cfg.model, setup=self.setup, **more)
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
     with self._open() as f:
         if not (path := self.log/"pictures"/f"{name}.png").exists():
             with atomic(path) as p: p.write_bytes(picture)
-        f.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")) # half a surrogate pair is no text, but may be in an answer
+        f.write(line.encode("utf-8", "backslashreplace")) # half a surrogate pair is no text, but an answer may have one
         self._read(f)
         self.underway -= how != "remembered"
 
@@ -236,14 +294,19 @@ def client(self:Judge):
     try: from openai import OpenAI
     except ImportError: raise DigiqError("judges need the openai client: pip install 'digiq[judge]'") from None
     with self.lock:
-        if "_client" not in self.__dict__: self._client = OpenAI(api_key=self.secret or "none", base_url=self.cfg.url, max_retries=0)
+        if "_client" not in self.__dict__:
+            self._client = OpenAI(api_key=self.secret or "none", base_url=self.cfg.url, max_retries=0)
     return self._client
 
+# %% ../../nbs/play/41_judges.ipynb #25-021-1
 @patch
 def _send(self:Judge, messages, seconds): # the answer as the client gives it
     cfg, client, answer = self.cfg, self.client.with_options(timeout=seconds), Future()
     def send():
-        try: answer.set_result(client.chat.completions.create(model=cfg.model, messages=messages, **cfg.options, **({"response_format": SCHEMA} if cfg.schema else {})))
+        try:
+            form = {"response_format": SCHEMA} if cfg.schema else {}
+            create = client.chat.completions.create
+            answer.set_result(create(model=cfg.model, messages=messages, **cfg.options, **form))
         except BaseException as e: answer.set_exception(e)
     threading.Thread(target=send, daemon=True).start()
     return answer.result(seconds)
@@ -258,8 +321,10 @@ def answer_text(
     if not isinstance(content, dict): return ""
     if "success" in content: return json.dumps(content)
     if content.get("thought") or content.get("type") in ("thinking", "reasoning", "redacted_thinking"): return ""
-    return answer_text(next((content[k] for k in ("text", "content", "parts", "value", "refusal") if content.get(k)), ""))
+    parts = (content[k] for k in ("text", "content", "parts", "value", "refusal") if content.get(k))
+    return answer_text(next(parts, ""))
 
+# %% ../../nbs/play/41_judges.ipynb #25-042a-1
 def stopped(
     why:str|None, # `finish_reason`
     cfg:JudgeSettings,
@@ -277,18 +342,24 @@ def _refused(self:Judge, status, headers, body): # the error to raise
     said = f": {why}" if why else ""
     if status in (408, 409, 425, 429) or status >= 500:
         return JudgeError(f"the judge at {url} answered with status {status}{said}", pause(headers, body))
-    if status == 401: return DigiqError(f"the judge at {url} does not take the key in {self.cfg.key or 'judge.key'} (status 401)")
-    if status == 403: return DigiqError(f"the judge at {url} does not take the key in {self.cfg.key or 'judge.key'} for this (status 403){said}")
-    return DigiqError(f"the judge at {url} refuses the question (status {status}){said}; check judge.model and judge.options, "
-                      "and judge.schema for an endpoint that knows none")
+    if status == 401:
+        return DigiqError(f"the judge at {url} does not take the key in {self.cfg.key or 'judge.key'} (status 401)")
+    if status == 403:
+        return DigiqError(f"the judge at {url} does not take the key in {self.cfg.key or 'judge.key'} for this "
+                          f"(status 403){said}")
+    return DigiqError(f"the judge at {url} refuses the question (status {status}){said}; check judge.model and "
+                      "judge.options, and judge.schema for an endpoint that knows none")
 
+# %% ../../nbs/play/41_judges.ipynb #25-042-1
 @patch
 def _ask(self:Judge, messages, seconds): # text, why it ended, tokens; `ValueError` where an answer has none of them
     from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError
     cfg = self.cfg
     try: answer = self._send(messages, seconds)
     except (TimeoutError, APITimeoutError): raise JudgeError(f"the judge at {cfg.url} did not answer in time") from None
-    except APIConnectionError as e: raise JudgeError(self._clean(f"the judge at {cfg.url} cannot be reached: {' '.join(str(e.__cause__ or e).split()).rstrip('.')}")) from None
+    except APIConnectionError as e:
+        raise JudgeError(self._clean(f"the judge at {cfg.url} cannot be reached: "
+                                     f"{' '.join(str(e.__cause__ or e).split()).rstrip('.')}")) from None
     except APIStatusError as e: raise self._refused(e.status_code, e.response.headers, e.response.text) from None
     except (APIResponseValidationError, RecursionError, json.JSONDecodeError, UnicodeDecodeError): answer = None
     try:
@@ -301,6 +372,7 @@ def _ask(self:Judge, messages, seconds): # text, why it ended, tokens; `ValueErr
         raise self._refused(status if type(status) is int else 400, {}, json.dumps(error))
     raise ValueError("the judge's answer has another form than OpenAI's")
 
+# %% ../../nbs/play/41_judges.ipynb #25-042-2
 @patch
 def _try(self:Judge, goal, task_id, name, picture, began): # one question, where it is needed
     if verdict := self._pay(name, goal):
@@ -308,7 +380,8 @@ def _try(self:Judge, goal, task_id, name, picture, began): # one question, where
         return verdict
     text, ended, left = "", "", self.cfg.patience - (time.monotonic() - began)
     try:
-        text, ended, tokens = self._ask([{"role": "system", "content": INSTRUCTIONS}, *self.shots, ask_for(goal, picture)], min(self.cfg.limit, max(left, .01)))
+        messages = [{"role": "system", "content": INSTRUCTIONS}, *self.shots, ask_for(goal, picture)]
+        text, ended, tokens = self._ask(messages, min(self.cfg.limit, max(left, .01)))
         verdict = read_verdict(text)
     except ValueError as e:
         why = f"{e}; {ended}" if ended else str(e)
@@ -317,7 +390,8 @@ def _try(self:Judge, goal, task_id, name, picture, began): # one question, where
     except BaseException:
         with self.lock: self.underway -= 1
         raise
-    self._write(goal, task_id, name, picture, verdict, "asked", {"tokens": tokens, "seconds": round(time.monotonic() - began, 2)})
+    cost = {"tokens": tokens, "seconds": round(time.monotonic() - began, 2)}
+    self._write(goal, task_id, name, picture, verdict, "asked", cost)
     return verdict
 
 # %% ../../nbs/play/41_judges.ipynb #25-022
@@ -327,11 +401,12 @@ def ask(self:Judge,
     screen:Image.Image, # what the phone shows
     task_id:str="", # for the log
 ) -> Verdict:
-    "A verdict, from memory or from the model. Raises `JudgeError` where none comes, `DigiqError` where the key is refused or the budget spent."
+    "A verdict, remembered or new. Raises `JudgeError` for none, `DigiqError` for a refused key or a spent budget."
     began, picture, pauses = time.monotonic(), shrink(screen, self.cfg.side), wait_exponential(.5, max=8)
     name = hashlib.blake2b(self.setup.encode() + picture, digest_size=16).hexdigest()
-    tries = Retrying(retry=retry_if_exception_type(JudgeError), wait=lambda state: state.outcome.exception().pause or pauses(state),
-                     stop=stop_after_attempt(self.cfg.tries) | stop_before_delay(self.cfg.patience), reraise=True)
+    def rest(state): return state.outcome.exception().pause or pauses(state)
+    tries = Retrying(retry=retry_if_exception_type(JudgeError), wait=rest, reraise=True,
+                     stop=stop_after_attempt(self.cfg.tries) | stop_before_delay(self.cfg.patience))
     try:
         for attempt in tries:
             with attempt: return self._try(goal, task_id, name, picture, began)
@@ -344,12 +419,13 @@ def difference(
     one:Image.Image, # a screen
     other:Image.Image, # and another
 ) -> float: # 0..255; infinite where sizes differ
-    "The largest mean difference, over the pixels of a square, of the colour channel that differs most; a square is 1/48 as wide as the screen."
+    "Largest mean difference over a square 1/48 as wide as the screen, of the colour channel that differs most."
     if one.size != other.size: return float("inf")
     (width, height), channels = one.size, ImageChops.difference(one, other).split()
     squares = reduce(ImageChops.lighter, channels).resize((48, max(1, round(48*height/width))), Image.Resampling.BOX)
     return float(squares.getextrema()[1])
 
+# %% ../../nbs/play/41_judges.ipynb #25-024-1
 @patch
 def __call__(self:Judge,
     task, # with `goal` and `id`
@@ -369,17 +445,24 @@ def confusion(
     truth, # bool [n]
     said, # bool [n], by the judge
 ) -> pd.DataFrame: # counts; rows: the truth, columns: what the judge says
-    "What was said of what."
+    "What was said of what. Raises `ValueError` where the lengths differ."
+    from sklearn.metrics import confusion_matrix
     names = ["no success", "success"]
-    return pd.DataFrame([[sum(t == row and s == column for t, s in zip(truth, said, strict=True)) for column in (False, True)] for row in (False, True)],
-                        index=pd.Index(names, name="truth"), columns=pd.Index(names, name="judge"))
+    truth, said = np.array(truth, bool), np.array(said, bool)
+    none = not len(truth) and not len(said) # which scikit-learn does not count
+    counts = np.zeros((2, 2), int) if none else confusion_matrix(truth, said, labels=[False, True])
+    return pd.DataFrame(counts, index=pd.Index(names, name="truth"), columns=pd.Index(names, name="judge"))
 
+# %% ../../nbs/play/41_judges.ipynb #25-037-1
 def kappa(
     table:pd.DataFrame, # of `confusion`
 ) -> dict: # agreement, kappa, its 95% interval (low, high), and n; kappa is None where everything is of one kind
     "How much a judge agrees with the truth beyond chance."
+    from sklearn.metrics import cohen_kappa_score
     p = table.to_numpy() / (n := int(table.to_numpy().sum()))
-    observed, chance = p.trace(), (p.sum(0) * p.sum(1)).sum()
-    if chance > 1 - 1e-12: return dict(agreement=float(observed), kappa=None, low=None, high=None, n=n)
-    value, half = (observed - chance) / (1 - chance), 1.96 * (observed * (1 - observed) / n) ** .5 / (1 - chance)
-    return dict(agreement=float(observed), kappa=float(value), low=float(max(value - half, -1)), high=float(min(value + half, 1)), n=n)
+    observed, chance = float(p.trace()), (p.sum(0) * p.sum(1)).sum()
+    if chance > 1 - 1e-12: return dict(agreement=observed, kappa=None, low=None, high=None, n=n)
+    truth, said = np.indices((2, 2)).reshape(2, -1) # of each cell, which counts as often as it says
+    value = float(cohen_kappa_score(truth, said, sample_weight=table.to_numpy().ravel())) if n else float("nan")
+    half = float(1.96 * (observed * (1 - observed) / n) ** .5 / (1 - chance))
+    return dict(agreement=observed, kappa=value, low=max(value - half, -1.), high=min(value + half, 1.), n=n)

@@ -28,7 +28,6 @@ from ..data import EpisodeStore
 # %% ../../nbs/play/48_recording.ipynb #61-006
 MARK, PAPER, INK, SOFT, Q_LINE, V_LINE = "#e0218a", "#ffffff", "#1f2328", "#6a737d", "#0072B2", "#222222"
 WIDTH, EDGE, HEAD, FOOT = 360, 12, 62, 96 # pixels: a frame, its margins, the bands above and below the screen
-
 def _has(path, letter): # whether a font has it, in outlines
     from matplotlib.ft2font import FT2Font
     try: found = FT2Font(path)
@@ -40,23 +39,36 @@ def _system_fonts():
     from matplotlib.font_manager import findSystemFonts
     return sorted(findSystemFonts(), key=lambda path: ("sans" not in path.lower(), path))
 
+# %% ../../nbs/play/48_recording.ipynb #61-006-1
 @lru_cache(None)
 def _font_file(letter): # of the first font that has it
     from matplotlib.font_manager import findfont
     dejavu = findfont("DejaVu Sans")
-    return dejavu if letter.isspace() or _has(dejavu, letter) else next((path for path in _system_fonts() if _has(path, letter)), dejavu)
+    if letter.isspace() or _has(dejavu, letter): return dejavu
+    return next((path for path in _system_fonts() if _has(path, letter)), dejavu)
 
+# %% ../../nbs/play/48_recording.ipynb #61-006-1-1
 @lru_cache(None)
-def font(size, path=None): return ImageFont.truetype(path or _font_file("a"), size)
+def font(
+    size:int, # pixels
+    path:str|None=None, # of a file; None for DejaVu
+) -> ImageFont.FreeTypeFont:
+    "A font, loaded once."
+    return ImageFont.truetype(path or _font_file("a"), size)
 
 def _runs(text, size): # pieces of a line, each with its font
     return [("".join(run), font(size, path)) for path, run in groupby(text, _font_file)]
 
-def text_width(text, size): return sum(f.getlength(run) for run, f in _runs(text, size)) # pixels
+# %% ../../nbs/play/48_recording.ipynb #61-006-1-2
+def text_width(
+    text:str, # a line
+    size:int, # of letters
+) -> float: # pixels
+    "How wide a line is."
+    return sum(f.getlength(run) for run, f in _runs(text, size))
 
 # %% ../../nbs/play/48_recording.ipynb #61-006a
 SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]") # of variants of the letter before
-
 def _plain(text): # without what has no picture: controls, marks of direction, selectors, halves of letters
     seen = (c for c in SELECTORS.sub("", text) if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return " ".join("".join(seen).split())
@@ -67,6 +79,9 @@ def lacking(
     "What no font of this machine has."
     return "".join(c for c in sorted(set(_plain(" ".join(texts)))) if not c.isspace() and not _has(_font_file(c), c))
 
+# %% ../../nbs/play/48_recording.ipynb #61-006a-1
+_WORDS = re.compile(r"[\u2e80-\uffef\U00020000-\U0003ffff]\s*|[^\s\u2e80-\uffef\U00020000-\U0003ffff]+\s*")
+
 def wrap(
     text:str, # any
     wide:float, # pixels of a line
@@ -75,7 +90,7 @@ def wrap(
 ) -> list: # of lines
     "Lines of a text."
     lines, line = [], ""
-    for word in re.findall(r"[\u2e80-\uffef\U00020000-\U0003ffff]\s*|[^\s\u2e80-\uffef\U00020000-\U0003ffff]+\s*", _plain(text)):
+    for word in _WORDS.findall(_plain(text)):
         if text_width(line + word.rstrip(), size) <= wide:
             line += word
             continue
@@ -92,7 +107,16 @@ def wrap(
     while last and text_width(f"{last} …", size) > wide: last = last[:-1].rstrip()
     return [*lines[:most - 1], f"{last} …"]
 
-def write_lines(draw, box, text, size, colour=INK, most=3): # wrapped
+# %% ../../nbs/play/48_recording.ipynb #61-006a-2
+def write_lines(
+    draw:ImageDraw.ImageDraw, # of a picture
+    box:tuple, # left, top, right, bottom; what is below is not cut off
+    text:str, # any
+    size:int, # of letters
+    colour:str=INK,
+    most:int=3, # lines
+):
+    "Write a text, wrapped."
     for i, line in enumerate(wrap(text, box[2] - box[0], size, most)):
         x, base = box[0], box[1] + i * size * 1.25 + font(size).getmetrics()[0]
         for run, f in _runs(line, size):
@@ -110,20 +134,26 @@ def draw_mark(
     draw, (w, h), r = ImageDraw.Draw(screen), screen.size, screen.width // 17
     (y0, x0), (y1, x1) = ((y * h, x * w) for y, x in (a.touch, a.lift))
     if a.is_tap:
-        for radius, colour, line in ((r, "white", r // 2), (r - 2, MARK, max(3, r // 4))): draw.ellipse((x0 - radius, y0 - radius, x0 + radius, y0 + radius), outline=colour, width=line)
+        for radius, colour, line in ((r, "white", r // 2), (r - 2, MARK, max(3, r // 4))):
+            draw.ellipse((x0 - radius, y0 - radius, x0 + radius, y0 + radius), outline=colour, width=line)
         draw.ellipse((x0 - 3, y0 - 3, x0 + 3, y0 + 3), MARK, "white")
     elif a.is_swipe:
         turn = np.arctan2(y1 - y0, x1 - x0)
-        for colour, grow in (("white", 3), (MARK, 0)):
-            tip = [(x1 + grow * np.cos(turn), y1 + grow * np.sin(turn))] + [(x1 - (r + grow) * 1.6 * np.cos(turn + t), y1 - (r + grow) * 1.6 * np.sin(turn + t)) for t in (.5, -.5)]
-            draw.line((x0, y0, x1 - r * np.cos(turn), y1 - r * np.sin(turn)), colour, r // 2 + 2 * grow)
-            draw.polygon(tip, colour)
+        def off(length, angle): return x1 + length * np.cos(angle), y1 + length * np.sin(angle) # from the tip
+        for colour, grow in (("white", 3), (MARK, 0)): # a white rim below
+            barbs = [off(-(r + grow) * 1.6, turn + side) for side in (.5, -.5)]
+            draw.line((x0, y0, *off(-r, turn)), colour, r // 2 + 2 * grow)
+            draw.polygon([off(grow, turn), *barbs], colour)
 
 # %% ../../nbs/play/48_recording.ipynb #61-007
-def caption(row): # what a step did, in words
+def caption(
+    row, # of an episode, with `action` and `error`
+) -> str: # "" for the final screen
+    "What a step did, in words."
     if row.error: return f"malformed: {row.action}"
     return in_words(parse(row.action)) if row.action else ""
 
+# %% ../../nbs/play/48_recording.ipynb #61-007-1
 def draw_values(
     draw:ImageDraw.ImageDraw, # of a frame
     box:tuple, # left, top, right, bottom
@@ -135,7 +165,9 @@ def draw_values(
     both = np.r_[q, v]
     low, high = min(0., np.nanmin(both)), max(np.nanmax(both), .05)
     left, top, right, bottom = box
-    at = lambda k, value: (left + (right - left) * k / max(1, len(v) - 1), bottom - (bottom - top) * (value - low) / (high - low))
+    def at(k, value): # pixels of a value at a step
+        across, up = k / max(1, len(v) - 1), (value - low) / (high - low)
+        return left + (right - left) * across, bottom - (bottom - top) * up
     draw.line((left, bottom, right, bottom), "#d0d7de")
     draw.line((at(now, low), at(now, high)), "#d0d7de", 3)
     for values, colour in ((v, V_LINE), (q, Q_LINE)):
@@ -145,8 +177,19 @@ def draw_values(
             x, y = at(now, values[now])
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
 
-def height(screen): return round(WIDTH * screen.height / screen.width / 2) * 2 # pixels in a film, even
+# %% ../../nbs/play/48_recording.ipynb #61-007-2
+def height(
+    screen:Image.Image, # of a phone
+) -> int: # pixels, even
+    "How high a screen is in a film."
+    return round(WIDTH * screen.height / screen.width / 2) * 2
 
+def _draw_critic(draw, left, top, q, v, k): # the numbers of a step, and below them their course
+    for name, value, hue, right in (("V", v[k], V_LINE, 0), ("Q", q[k], Q_LINE, 66)):
+        if np.isfinite(value): draw.text((left + 12 + right, top), f"{name} {value:.2f}", hue, font(15))
+    draw_values(draw, (left + 16, top + 26, EDGE + WIDTH - 6, top + FOOT - 18), q, v, k)
+
+# %% ../../nbs/play/48_recording.ipynb #61-007-3
 def draw_frame(
     rows:pd.DataFrame, # of an episode
     k:int, # which of them
@@ -173,10 +216,7 @@ def draw_frame(
     valued = np.isfinite(np.r_[q, v]).any()
     middle = EDGE + WIDTH - 150 if valued else EDGE + WIDTH
     write_lines(draw, (EDGE + 44, below, middle, below + FOOT), text, 15, colour, 4)
-    if valued:
-        for name, value, hue, right in (("V", v[k], V_LINE, 0), ("Q", q[k], Q_LINE, 66)):
-            if np.isfinite(value): draw.text((middle + 12 + right, below), f"{name} {value:.2f}", hue, font(15))
-        draw_values(draw, (middle + 16, below + 26, EDGE + WIDTH - 6, below + FOOT - 18), q, v, k)
+    if valued: _draw_critic(draw, middle, below, q, v, k)
     return frame
 
 # %% ../../nbs/play/48_recording.ipynb #61-009
@@ -189,21 +229,28 @@ class Film:
     def webp(self) -> bytes:
         "An animated WebP that repeats."
         out = io.BytesIO()
-        self.frames[0].save(out, "WEBP", save_all=True, append_images=self.frames[1:], duration=[round(1000 * s) for s in self.seconds], loop=0, quality=60, method=3)
+        durations = [round(1000 * s) for s in self.seconds]
+        self.frames[0].save(out, "WEBP", save_all=True, append_images=self.frames[1:], duration=durations,
+                            loop=0, quality=60, method=3)
         return out.getvalue()
 
-    def _repr_html_(self): return f'<img alt="an episode" width="{self.frames[0].width}" src="data:image/webp;base64,{base64.b64encode(self.webp()).decode()}">'
+    def _repr_html_(self):
+        data = base64.b64encode(self.webp()).decode()
+        return f'<img alt="an episode" width="{self.frames[0].width}" src="data:image/webp;base64,{data}">'
 
+# %% ../../nbs/play/48_recording.ipynb #61-009-1
 @patch
 def save(self:Film,
     path:str|Path, # .webp or .mp4
 ) -> Path: # the same
     "Write a film. Raises `DigiqError` where the ending is another, or mp4 cannot be written here."
     path = Path(path)
-    if path.suffix not in (".webp", ".mp4"): raise DigiqError(f"a film is saved as .webp or .mp4, not as {path.suffix or 'a file without an ending'}")
+    if path.suffix not in (".webp", ".mp4"):
+        raise DigiqError(f"a film is saved as .webp or .mp4, not as {path.suffix or 'a file without an ending'}")
     with atomic(path) as p: p.write_bytes(self.webp() if path.suffix == ".webp" else self._mp4())
     return path
 
+# %% ../../nbs/play/48_recording.ipynb #61-009-2
 @patch
 def _mp4(self:Film):
     try: import av
@@ -221,7 +268,7 @@ def _mp4(self:Film):
 # %% ../../nbs/play/48_recording.ipynb #61-010
 def film(
     rows:pd.DataFrame, # of an episode, in order, the last one with the final screen
-    screens:list, # a picture a row
+    screens:list, # a picture per row
     q:np.ndarray=None, # Q of the actions, float [rows], nan where unknown; None without a critic
     v:np.ndarray=None, # V of the states, likewise
     step:float=1.2, # seconds for a step
@@ -239,11 +286,12 @@ def film(
             out.seconds.append(2. if last else step * (.65 if mark else .35))
     return out
 
+# %% ../../nbs/play/48_recording.ipynb #61-010-1
 def film_episode(
     store:EpisodeStore, # with screens
     episode:int, # its number
 ) -> Film:
-    "A recorded episode as a film. Raises `DataError` where it was recorded without screens: `digiq.play.rollout.replay` plays it again."
+    "A recorded episode as a film. Raises `DataError` where it has no screens: `digiq.play.rollout.replay` makes them."
     rows = store.episodes().query("episode == @episode")
     if rows.empty: raise DigiqError(f"{store} has no episode {episode}")
     return film(rows, [store.screen(episode, step) for step in rows.step])

@@ -7,11 +7,9 @@ __all__ = ['Rollout', 'schedule', 'Player', 'play', 'asked', 'counts', 'collect'
 
 # %% ../../nbs/play/40_rollout.ipynb #32-002
 from dataclasses import dataclass
-
 import numpy as np
 import pyarrow.compute as pc
 from fastcore.basics import patch
-
 from ..core import DataError, DigiqError, Run, derive_seed, seed_all, to_dict
 from ..data import EpisodeStore, encode_screen
 from ..env import DeviceEnv, prompt
@@ -35,7 +33,8 @@ def schedule(
     sequential:bool=False, # as they stand, instead of a random order
 ) -> list: # a task for each episode
     "An order of the tasks, repeated."
-    order = range(len(tasks)) if sequential else np.random.default_rng(derive_seed(*seed, "order")).permutation(len(tasks))
+    rng = np.random.default_rng(derive_seed(*seed, "order"))
+    order = range(len(tasks)) if sequential else rng.permutation(len(tasks))
     return [tasks[order[i % len(tasks)]] for i in range(episodes)]
 
 # %% ../../nbs/play/40_rollout.ipynb #32-010
@@ -68,6 +67,7 @@ def _row(self:Player):
                 prompt=prompt(env.task.goal, env.previous), previous=env.previous, screen=self._picture(),
                 action="", reward=0., terminated=False, truncated=False, error="", seed=env.seed)
 
+# %% ../../nbs/play/40_rollout.ipynb #32-013-1
 @patch
 def act(self:Player,
     action:str, # as the policy wrote it
@@ -75,7 +75,8 @@ def act(self:Player,
     "Take a step, and record it; after the last one also the final screen."
     row, self.before = self._row(), self.env.screen
     _, reward, terminated, truncated, info = self.env.step(action)
-    self.rows.append(row | dict(action=action, reward=reward, terminated=terminated, truncated=truncated, error=info["error"]))
+    self.rows.append(row | dict(action=action, reward=reward, terminated=terminated, truncated=truncated,
+                                error=info["error"]))
     if not self.env.running: self.rows.append(self._row())
 
 # %% ../../nbs/play/40_rollout.ipynb #32-017
@@ -103,12 +104,15 @@ def play(
 # %% ../../nbs/play/40_rollout.ipynb #32-021
 def asked(tasks, cfg, seed, sequential): # what a set of episodes depends on, as plain values
     if not tasks: raise DigiqError("there are no tasks to play: choose a task set and a split that have some")
-    return to_dict(cfg) | {"seed": seed, "tasks": derive_seed(*(t.goal for t in tasks))} | ({"sequential": True} if sequential else {})
+    how = {"sequential": True} if sequential else {}
+    return to_dict(cfg) | {"seed": seed, "tasks": derive_seed(*(t.goal for t in tasks))} | how
 
 def counts(store): # of the episodes of a finished set
     steps = store.episodes()
-    return {"episodes": len(store), "steps": int((steps.action.ne("") | steps.error.ne("")).sum()), "successes": int((steps.reward >= 1).sum())}
+    acted, won = steps.action.ne("") | steps.error.ne(""), steps.reward >= 1
+    return {"episodes": len(store), "steps": int(acted.sum()), "successes": int(won.sum())}
 
+# %% ../../nbs/play/40_rollout.ipynb #32-021-1
 def collect(
     run:Run, # where to keep them
     tasks:list, # to play, each with `id`, `goal` and `level`
@@ -120,10 +124,11 @@ def collect(
     workers:int=1, # processes that play, a shard each
     sequential:bool=False, # tasks as they stand, instead of in a random order
 ) -> EpisodeStore: # the finished set
-    "Play and record episodes, or what is missing of them. Raises `DigiqError` where the set was begun with other settings."
+    "Play and record what is missing of a set. Raises `DigiqError` where the set was begun with other settings."
     with run.stage(name, asked(tasks, cfg, seed, sequential)) as stage:
         store, stream = EpisodeStore(run.path/name), (seed, name.partition("/")[0])
-        episodes = [(i, task, derive_seed(*stream, i)) for i, task in enumerate(schedule(tasks, cfg.episodes, *stream, sequential=sequential))]
+        order = schedule(tasks, cfg.episodes, *stream, sequential=sequential)
+        episodes = [(i, task, derive_seed(*stream, i)) for i, task in enumerate(order)]
         shards = [episodes[i:i + cfg.shard] for i in range(0, cfg.episodes, cfg.shard)]
         def make(k, advance):
             seed_all(*stream, "shard", k)
@@ -149,6 +154,8 @@ def replay(
     env.reset(seed=int(steps.seed.iloc[0]), options={"task": task})
     for action, recorded in zip(steps.action[:-1], steps.reward[:-1]):
         screen, (_, reward, *_) = env.screen, env.step(action)
-        if reward != recorded: raise DataError(f"episode {episode} step {env.steps - 1} was rewarded {recorded}, now {reward}: it was recorded on another device")
+        if reward != recorded:
+            raise DataError(f"episode {episode} step {env.steps - 1} was rewarded {recorded}, now {reward}: "
+                            "it was recorded on another device")
         yield screen, action, reward
     yield env.screen, "", 0.

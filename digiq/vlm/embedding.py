@@ -45,6 +45,7 @@ def parsed(
     if bad: raise EmbeddingError(bad, f"{actions[bad[0]]!r} is no action; embed valid ones only")
     return [parse(a) for a in actions]
 
+# %% ../../nbs/vlm/22_embedding.ipynb #43-008-2
 def finite(
     vectors:np.ndarray, # float [n, d]
 ) -> np.ndarray: # float16 [n, d]
@@ -74,7 +75,8 @@ def check_embedder(
     tolerance:float=1e-2, # by how much a vector may depend on what else is in the batch
 ):
     "Raise AssertionError unless `embedder` keeps the contract."
-    actions = [render(a) for a in (tap(.5, .3), tap(.2, .8), press("back"), type_text("<image> [IMG] \"red\" lamp"), type_text(""))]
+    actions = [render(a) for a in (tap(.5, .3), tap(.2, .8), press("back"), type_text("<image> [IMG] \"red\" lamp"),
+        type_text(""))]
     pairs = [(s, a) for s in screens for a in actions]
     f = embedder.embed(pairs)
     assert f.dtype == np.float16 and f.ndim == 2 and len(f) == len(pairs), "one float16 vector a pair"
@@ -107,10 +109,12 @@ def contents(
     "By what the pairs of all runs are known."
     out, last = [], None
     for r in rows:
-        if (r["episode"], r["step"]) != last: last, digest = (r["episode"], r["step"]), store.digest(r["episode"], r["step"])
+        if (r["episode"], r["step"]) != last:
+            last, digest = (r["episode"], r["step"]), store.digest(r["episode"], r["step"])
         out.append((digest, r["action"]))
     return out
 
+# %% ../../nbs/vlm/22_embedding.ipynb #43-017-2
 class Known:
     "Vectors that the same VLM computed for another run. The caller answers for its being the same."
     def __init__(self,
@@ -131,7 +135,9 @@ def embed_run(
     saved=lambda: None, # called after each shard, e.g. a stage's `save`
     known:list[Known]=(), # vectors that need not be computed again
 ) -> Embeddings:
-    "Embed every (state, action), equal ones once. Continues where an earlier attempt stopped. Raises `DigiqError` naming pairs that fail."
+    """Embed every (state, action), equal ones once.
+
+    Continues where an earlier attempt stopped. Raises `DigiqError` naming pairs that fail."""
     out, shards = Embeddings(path), shard_pairs(proposals, states)
     shown = [contents(store, rows) for rows in shards]
     plan = first_seen(shown)
@@ -151,4 +157,6 @@ def _embed_rows(store, embedder, rows):
     try: return embedder.embed([(screens[r["episode"], r["step"]], r["action"]) for r in rows])
     except EmbeddingError as e:
         r = rows[e.pairs[0]]
-        raise DigiqError(f"{len(e.pairs)} pairs could not be embedded, first episode {r['episode']} step {r['step']} action {r['action']!r}: {e.reason}") from e
+        raise DigiqError(
+            f"{len(e.pairs)} pairs could not be embedded, first episode {r['episode']} step {r['step']} action "
+            f"{r['action']!r}: {e.reason}") from e

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from fastcore.basics import patch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,7 +42,8 @@ class EffectHead(nn.Module):
     ):
         super().__init__()
         self.model, self.answers, self.mixed = vlm.model, vlm.answer_tokens(), dtype == "bfloat16"
-        self._no_split_modules = [c for c in vlm.model._no_split_modules or () if c in {type(m).__name__ for m in vlm.model.modules()}] # what FSDP gathers at a time
+        present = {type(m).__name__ for m in vlm.model.modules()}
+        self._no_split_modules = [c for c in vlm.model._no_split_modules or () if c in present] # what FSDP gathers at a time
 
     def forward(self,
         inputs:dict, # of `Packed`
@@ -54,6 +56,7 @@ class EffectHead(nn.Module):
 
     def tie_weights(self): return self.model.tie_weights() # which `accelerate` asks for where it has moved them
 
+# %% ../../nbs/vlm/21_finetuning.ipynb #42a-008a
 @patch
 def effect_logits(self:VLM,
     pictures:list[Image.Image], # RGB, side x side, unmarked
@@ -74,7 +77,9 @@ class Examples:
     episodes:np.ndarray # int [n]
 
     def __len__(self): return len(self.actions)
-    def take(self, rows): return Examples(self.pictures[rows], [self.actions[i] for i in rows], self.changed[rows], self.episodes[rows])
+    def take(self, rows):
+        actions = [self.actions[i] for i in rows]
+        return Examples(self.pictures[rows], actions, self.changed[rows], self.episodes[rows])
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-012
 def effect_examples(
@@ -85,9 +90,11 @@ def effect_examples(
     "Label recorded steps. Raises `DigiqError` where there are too few, or nearly all have the same label."
     steps = store.episodes()
     steps = steps[steps.action.map(is_valid)]
-    if len(steps) > config.examples: steps = steps.sample(config.examples, random_state=derive_seed(seed, "effect examples") % 2**32)
+    if len(steps) > config.examples:
+        steps = steps.sample(config.examples, random_state=derive_seed(seed, "effect examples") % 2**32)
     steps = steps.sort_values(["episode", "step"])
-    if steps.episode.nunique() < 2: raise DigiqError(f"{store} has {steps.episode.nunique()} episodes with valid actions, and the representation needs 2: collect more")
+    if (n := steps.episode.nunique()) < 2:
+        raise DigiqError(f"{store} has {n} episodes with valid actions, and the representation needs 2: collect more")
     screen, pictures, changed = lru_cache(2)(store.screen), [], []
     for episode, step in progress(list(zip(steps.episode, steps.step)), desc="label effects"):
         before = screen(episode, step)
@@ -105,7 +112,8 @@ def check_balance(
     counts = {"changed": int(changed.sum()), "unchanged": int((~changed).sum())}
     rare = min(counts, key=counts.get)
     if counts[rare] < config.rarest_class * len(changed):
-        raise DigiqError(f"only {counts[rare]} of {len(changed)} recorded steps are {rare}: collect more varied episodes, or look at representation.effect_threshold ({config.effect_threshold})")
+        raise DigiqError(f"only {counts[rare]} of {len(changed)} recorded steps are {rare}: collect more varied episodes, "
+                         f"or look at representation.effect_threshold ({config.effect_threshold})")
     return counts
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-019
@@ -113,11 +121,10 @@ def auc(
     scores:np.ndarray, # float [n]
     positive:np.ndarray, # bool [n]
 ) -> float: # 0..1, 0.5 is chance
-    "Area under the ROC curve, by ranks. NaN where a class is absent."
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    p, n = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
+    "Area under the ROC curve, from the order of the scores. NaN where a class is absent."
+    if positive.all() or not positive.any(): return math.nan
+    order = np.unique(scores, return_inverse=True)[1] # scikit-learn refuses scores that are infinite or NaN
+    return float(roc_auc_score(positive, order))
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-022
 @torch.no_grad()
@@ -172,7 +179,8 @@ def load_for_finetuning(
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-029
 def _accelerator(device):
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]) # LLaVA leaves its last vision layers unused
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True) # LLaVA leaves its last vision layers unused
+    return Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
 
 def _skeleton(model): # without numbers
     from accelerate import init_empty_weights
@@ -187,23 +195,26 @@ def _whole(accelerator, head, skeleton): # the model with all its numbers, on th
 
 # %% ../../nbs/vlm/21_finetuning.ipynb #42a-030
 def finetune(
-    vlm:VLM, # see `load_for_finetuning`; changed in place, and without a model on all processes but the first where they shared one
+    vlm:VLM, # see `load_for_finetuning`; changed in place; where processes shared a model, only the first still has one
     examples:Examples, # see `effect_examples`
     config:RepresentationConfig,
     seed:int=0,
     losses:list=None, # where the losses are put, e.g. a `Log`; a new list where None
     device:str="cpu", # where a process trains that is alone
 ) -> dict: # auc_before, auc_after (on held-out episodes), changed (share of the examples), losses (list)
-    "Yes/no fine-tuning (paper, equation of section 4.1). Raises `ConfigError` where processes cannot share a minibatch evenly."
+    """Yes/no fine-tuning (paper, equation of section 4.1).
+    Raises `ConfigError` where processes cannot share a minibatch evenly."""
     accelerator = _accelerator(device)
-    if config.batch % accelerator.num_processes: raise ConfigError(f"representation.batch is {config.batch}, which {accelerator.num_processes} processes cannot share evenly: choose a multiple")
+    if config.batch % (n := accelerator.num_processes):
+        raise ConfigError(f"representation.batch is {config.batch}, which {n} processes cannot share evenly: choose a multiple")
     train, test = heldout(examples, config.heldout, seed)
     rng, losses = np.random.default_rng(derive_seed(seed, "finetune")), [] if losses is None else losses
     skeleton = _skeleton(vlm.model) if accelerator.distributed_type in ("FSDP", "DEEPSPEED") else None
     torch.manual_seed(derive_seed(seed, "finetune"))
     adapted = [adapters(m, config.lora) for m in (vlm.model, skeleton) if m and config.lora]
     if config.recompute: vlm.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay)
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, config.steps, config.warmup))
     head, optimizer = accelerator.prepare(EffectHead(vlm, config.dtype), optimizer)
     ranked = lambda: auc(effect_scores(vlm, test, head=head), test.changed)

@@ -52,12 +52,15 @@ class RepresentationConfig:
             if getattr(self, name) not in (choices := ("float32", "bfloat16", *more)):
                 raise ConfigError(f"representation.{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
         unknown = set(self.questions) - {"effect", "name"}
-        if unknown or not self.questions: raise ConfigError(f"representation.questions is {self.questions!r}: choose among effect and name")
+        if unknown or not self.questions:
+            raise ConfigError(f"representation.questions is {self.questions!r}: choose among effect and name")
 
     def embedding_dtype(self,
         device:str, # where to embed
     ) -> str: # "float32" or "bfloat16"
-        "What `embed_dtype` means on a device. Without instructions for bfloat16 a processor takes five times as long in it as in float32."
+        """What `embed_dtype` means on a device.
+
+        Without instructions for bfloat16 a processor takes five times as long in it as in float32."""
         if self.embed_dtype != "auto": return self.embed_dtype
         slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
         return "float32" if slow else "bfloat16"
@@ -108,7 +111,8 @@ def _arrow(draw, start, end, r):
     across = np.array([-along[1], along[0]])
     draw.line([*start, *end], fill="white", width=round(r / 2))
     draw.line([*start, *end], fill=MARK, width=round(r / 4))
-    draw.polygon([tuple(p) for p in (end, end - r * along + r / 2 * across, end - r * along - r / 2 * across)], fill=MARK, outline="white")
+    draw.polygon([tuple(p) for p in (end, end - r * along + r / 2 * across, end - r * along - r / 2 * across)],
+        fill=MARK, outline="white")
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-020
 def plain(
@@ -117,6 +121,7 @@ def plain(
     "Make text harmless in a prompt."
     return re.sub(r"([<\[])", r"\1 ", text[:100])
 
+# %% ../../nbs/vlm/20_representation.ipynb #42-020-2
 def question(
     action:Action, # what to ask about
     about:str="effect", # "effect": does it change the screen; "name": what does it touch
@@ -164,11 +169,21 @@ class VLM:
         "Read a model. Raises `DigiqError` where there is none, `ConfigError` where it reads pictures of another size."
         path = model_path(name)
         check_folder(path)
-        try: model, processor = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
-        except OSError as e: raise DigiqError(f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a hub id ({str(e).splitlines()[0]})") from None
-        except ImportError as e: raise DigiqError(f"VLM {name!r} needs more than is installed here: {' '.join(str(e).split())[:200]}") from None
+        try:
+            model, processor = AutoModelForImageTextToText.from_pretrained(path,
+                dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
+        except OSError as e:
+            raise DigiqError(
+                f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a "
+                f"hub id ({str(e).splitlines()[0]})") from None
+        except ImportError as e:
+            raise DigiqError(
+                f"VLM {name!r} needs more than is installed here: {' '.join(str(e).split())[:200]}") from None
         vlm = cls(model.to(device).eval(), processor, side)
-        if vlm.packs and (expected := model.config.vision_config.image_size) != side: raise ConfigError(f"VLM {name!r} reads pictures of {expected} pixels, but representation.side is {side}: set it to {expected}")
+        if vlm.packs and (expected := model.config.vision_config.image_size) != side:
+            raise ConfigError(
+                f"VLM {name!r} reads pictures of {expected} pixels, but representation.side is {side}: set it to "
+                f"{expected}")
         return vlm
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-028
@@ -192,7 +207,8 @@ def packs(self:VLM) -> bool:
 def head(self:VLM) -> list[int]:
     "The tokens up to the end of the picture."
     if not hasattr(self, "_head"):
-        inputs = self.processor(images=Image.new("RGB", (self.side, self.side)), text="USER: <image>", return_tensors="pt")
+        inputs = self.processor(images=Image.new("RGB", (self.side, self.side)), text="USER: <image>",
+            return_tensors="pt")
         self._head = inputs["input_ids"][0].tolist()
     return self._head
 
@@ -228,14 +244,16 @@ def pack(self:VLM,
     questions:list[list[str]], # for each picture
     answers:list[list[str]]=None, # for each question, when a LLaVA is trained to give them
 ) -> Packed:
-    "Lay the questions about each picture side by side, unseen by one another; each in a row of its own where the model does not allow that."
+    """Lay the questions about each picture side by side, unseen by one another; each in a row of its own where
+    the model does not allow that."""
     if not self.packs: return self._apart(pictures, questions)
     rows = [self._row(q, answers[i] if answers else [""] * len(q)) for i, q in enumerate(questions)]
     length = max(len(r["ids"]) for r in rows)
     padded = lambda key, value: torch.tensor([r[key] + [value] * (length - len(r[key])) for r in rows])
     part = padded("part", -1)
     visible = ((part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)).tril()
-    inputs = dict(input_ids=padded("ids", self.processor.tokenizer.pad_token_id), position_ids=padded("positions", 0), attention_mask=visible[:, None])
+    inputs = dict(input_ids=padded("ids", self.processor.tokenizer.pad_token_id), position_ids=padded("positions", 0),
+        attention_mask=visible[:, None])
     inputs = {k: v.to(self.model.device) for k, v in inputs.items()} | {"pixel_values": self.pixels(pictures)}
     places = torch.tensor([(i, c) for i, r in enumerate(rows) for c in r["places"]])
     return Packed(inputs, places, padded("labels", -100).to(self.model.device))
@@ -276,11 +294,13 @@ def text(self:VLM,
     "One question about one picture, in the form that the model was trained on."
     if self.packs: return prompt(question, answer)
     said = lambda who, *content: dict(role=who, content=list(content))
-    chat = [said("user", dict(type="image"), dict(type="text", text=question))] + [said("assistant", dict(type="text", text=answer))] * bool(answer)
+    chat = [said("user", dict(type="image"), dict(type="text", text=question))] + [said("assistant",
+        dict(type="text", text=answer))] * bool(answer)
     return self.processor.apply_chat_template(chat, add_generation_prompt=not answer)
 
 @patch
-def _processed(self:VLM, pictures, texts): return self.processor(images=[[p] for p in pictures], text=texts, padding=True, return_tensors="pt").to(self.model.device)
+def _processed(self:VLM, pictures, texts): return self.processor(images=[[p] for p in pictures], text=texts,
+    padding=True, return_tensors="pt").to(self.model.device)
 
 @patch
 def _apart(self:VLM, pictures, questions):
@@ -288,7 +308,8 @@ def _apart(self:VLM, pictures, questions):
     inputs = dict(self._processed(*zip(*asked)))
     inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     last = inputs["attention_mask"].flip(1).argmax(1) # padding behind the last token
-    return Packed(inputs, torch.stack([torch.arange(len(asked)), inputs["attention_mask"].shape[1] - 1 - last.cpu()], 1))
+    return Packed(inputs, torch.stack([torch.arange(len(asked)), inputs["attention_mask"].shape[1] - 1 - last.cpu()],
+        1))
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-039
 @patch
@@ -297,5 +318,6 @@ def length(self:VLM,
 ) -> int:
     "How many tokens `pack` makes of them, padding not counted."
     if self.packs: return len(self.head) + sum(len(self.tail(q)) for q in questions)
-    if not hasattr(self, "_blank"): self._blank = self._processed([Image.new("RGB", (self.side, self.side))], [self.text("")])["input_ids"].shape[1]
+    if not hasattr(self, "_blank"):
+        self._blank = self._processed([Image.new("RGB", (self.side, self.side))], [self.text("")])["input_ids"].shape[1]
     return sum(self._blank + len(self.tokens(q)) for q in questions)

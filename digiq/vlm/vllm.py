@@ -44,7 +44,8 @@ def export(
         p.mkdir()
         for f in path.iterdir():
             if f.suffix == ".safetensors":
-                with safe_open(f, "pt") as weights: tensors = {renamed(k): weights.get_tensor(k) for k in weights.keys()}
+                with safe_open(f, "pt") as weights:
+                    tensors = {renamed(k): weights.get_tensor(k) for k in weights.keys()}
                 save_file(tensors, p/f.name, {"format": "pt"})
             elif f.name.endswith(".index.json"):
                 index = json.loads(f.read_text())
