@@ -175,6 +175,7 @@ def stumbled(
     why:str, # an exception, as text
 ) -> str:
     "What Android prints of an exception."
+    return f"Exception occurred while executing '{(words or [name])[0]}':\n{why}"
 
 # %% ../../nbs/play/43_android.ipynb #20-012b
 DENIALS = {"settings": "Permission denial: writing to settings requires:android.permission.WRITE_SECURE_SETTINGS",
