@@ -28,14 +28,13 @@ class Episode:
     @property
     def world(self): return make_world(self.world_seed)
 
-# %% ../../nbs/phone/32_apps.ipynb #32-002
-@patch
-def draw(self:Episode,
-    *parts:str|int, # what is decided
-) -> float: # uniform in [0, 1), the same throughout the episode
-    "A draw that stands."
-    return chance(self.seed, *parts)
+    def draw(self,
+        *parts:str|int, # what is decided
+    ) -> float: # uniform in [0, 1), the same throughout the episode
+        "A draw that stands."
+        return chance(self.seed, *parts)
 
+# %% ../../nbs/phone/32_apps.ipynb #32-002
 @patch
 def stands(self:Episode,
     rate:str,       # field of `Dynamics`
