@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from PIL import Image
+from sklearn.metrics import auc, roc_curve
 
 from ..actions import is_valid
 from ..core import DigiqError
@@ -128,13 +129,11 @@ def draw_field(
 def roc(
     score:np.ndarray, # [n]
     label:np.ndarray, # bool [n]
-) -> tuple[np.ndarray, np.ndarray, float]: # false and true positive rates, and the area under the curve
+) -> tuple[np.ndarray, np.ndarray, float]: # false and true positive rates, and the area under the curve; nan for one class
     "How well a score tells two classes apart."
-    order = np.argsort(-score, kind="stable")
-    ends = np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1] # equal scores are one step
-    true, false = np.cumsum(label[order])[ends], np.cumsum(~label[order])[ends]
-    tpr, fpr = np.r_[0, true/max(1, label.sum())], np.r_[0, false/max(1, (~label).sum())]
-    return fpr, tpr, float(np.trapezoid(tpr, fpr))
+    if label.all() or not label.any(): return np.arange(2), np.arange(2), np.nan
+    fpr, tpr, _ = roc_curve(label, score)
+    return fpr, tpr, auc(fpr, tpr)
 
 # %% ../../nbs/explore/72_figures.ipynb #70b-016
 def stored_scores(
