@@ -138,7 +138,7 @@ def roc(
 # %% ../../nbs/explore/72_figures.ipynb #70b-016
 def stored_scores(
     view:RunView, # the run
-) -> pd.DataFrame: # a row a candidate, with `advantage`, and of the recorded ones `happened` (the discounted return) and `success`
+) -> pd.DataFrame: # a row per candidate, with `advantage`, and of the recorded ones `happened` (the discounted return) and `success`
     "All scores. Raises `DigiqError` where there are none."
     if not (view.path/"scores.parquet").exists():
         raise DigiqError(f"{view.path} has no scores yet: run nbs/train.ipynb up to the stage that scores")

@@ -120,7 +120,7 @@ def store(self:RunView,
 @patch
 def table(self:RunView,
     name:str, # of a set
-) -> pd.DataFrame: # a row a step, every column but `screen`
+) -> pd.DataFrame: # a row per step, every column but `screen`
     "The steps of a set."
     self.store(name)
     return self.opened[name][2]
@@ -129,7 +129,7 @@ def table(self:RunView,
 @patch
 def episodes(self:RunView,
     name:str="episodes", # of a set
-) -> pd.DataFrame: # a row an episode: episode, task_id, goal, level, seed, steps, success, and `drop`, the largest fall of V from a step to the next, nan where V is not known
+) -> pd.DataFrame: # a row per episode: episode, task_id, goal, level, seed, steps, success, and `drop`, the largest fall of V from a step to the next, nan where V is not known
     "What there is to choose from."
     self.store(name)
     kept = self.opened[name][3]
@@ -140,7 +140,7 @@ def episodes(self:RunView,
     return kept["ended"]
 
 @patch
-def _states(self:RunView): # a row a state whose V is stored: episode, step, v, success; None where none is
+def _states(self:RunView): # a row per state whose V is stored: episode, step, v, success; None where none is
     path, columns = self.path/"scores.parquet", ["episode", "step", "v", "success"]
     return pd.read_parquet(path, columns=columns).drop_duplicates(["episode", "step"]) if path.exists() else None
 
@@ -154,7 +154,7 @@ def _falls(self:RunView):
 def steps(self:RunView,
     name:str, # of a set
     episode:int, # its number
-) -> pd.DataFrame: # a row a step; the last one has the final screen and no action
+) -> pd.DataFrame: # a row per step; the last one has the final screen and no action
     "One episode. Raises `DigiqError` where there is none."
     rows = self.table(name)
     rows = rows[rows.episode == episode]
@@ -163,7 +163,7 @@ def steps(self:RunView,
 
 # %% ../../nbs/explore/70_run.ipynb #70-013b
 def teaches_most(
-    states:pd.DataFrame, # a row a state, at least one of a success: episode, step, v, success
+    states:pd.DataFrame, # a row per state, at least one of a success: episode, step, v, success
 ) -> tuple[int, int]: # episode and step
     "The success whose V rises most, and its step before the largest rise"
     won = states[states.success].sort_values(["episode", "step"])
@@ -426,7 +426,7 @@ def candidates(self:RunView,
     name:str, # of a set
     episode:int, # its number
     step:int, # of the episode
-) -> tuple[pd.DataFrame, float]: # a row a distinct candidate: action, words, count, recorded, q1, q2, q, advantage, log_prob, chosen; and V
+) -> tuple[pd.DataFrame, float]: # a row per distinct candidate: action, words, count, recorded, q1, q2, q, advantage, log_prob, chosen; and V
     """The candidates of a state and all that is known of them; nan where the critic is missing.
 
     At an episode's end there are none."""

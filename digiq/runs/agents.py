@@ -174,7 +174,7 @@ def evaluate_at_collection(self:Experiment,
 
 # %% ../../nbs/runs/66_agents.ipynb #65-061b-3
 @patch
-def table(self:Experiment) -> pd.DataFrame: # a row an agent
+def table(self:Experiment) -> pd.DataFrame: # a row per agent
     "Success rates so far, and the temperatures at which agents act."
     return evaluation.table(self.rates(), self.metrics().get("temperatures", {}))
 
@@ -233,7 +233,7 @@ def probes(self:Experiment,
 
 # %% ../../nbs/runs/66_agents.ipynb #65-065-2
 @patch
-def check_critic(self:Experiment) -> pd.DataFrame: # a row a critic
+def check_critic(self:Experiment) -> pd.DataFrame: # a row per critic
     "How well the critics rank candidates of held-out states."
     names = [n for n in ("critic", "critic_without_representation") if n == "critic"
         or (self.path/"checkpoints"/n).exists()]

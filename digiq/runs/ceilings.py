@@ -31,7 +31,7 @@ def truth_of(
     task, # its task
     proposals:Proposals, # candidates
     phone:SimPhone # one like that on which it was played; will be reset
-) -> list[dict]: # a row a distinct valid candidate: row (of the state among all recorded rows), episode, step, action, count, recorded, success, left, now, best
+) -> list[dict]: # a row per distinct valid candidate: row (of the state among all recorded rows), episode, step, action, count, recorded, success, left, now, best
     "Steps to the goal before and after each candidate of an episode"
     out, won = [], bool(episode.reward.max() >= 1)
     for r in walk(phone, task, episode):
@@ -80,7 +80,7 @@ def true_scores(
 
 def oracle_scores(
     found:pd.DataFrame # as `truths` makes it
-) -> Scores: # a row a state, as if its action had been recorded
+) -> Scores: # a row per state, as if its action had been recorded
     "The oracle's action in each state"
     first = found.drop_duplicates("row")
     return true_scores(first.assign(action=first.best, count=1, recorded=True, left=first.now - 1))

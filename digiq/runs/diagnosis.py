@@ -28,7 +28,7 @@ def needs_truth(self:Experiment):
             "the truth is known on built-in phones only: set devices.kind to 'simphone', in another run_dir")
 
 @patch
-def habits(self:Experiment) -> pd.DataFrame: # a row a level, and all
+def habits(self:Experiment) -> pd.DataFrame: # a row per level, and all
     """How often the behaviour policy's favourite of 16 candidates is wrong while a right one is among them, on
     held-out states."""
     self.needs_truth()
@@ -56,7 +56,7 @@ def teach(self:Experiment,
 
 # %% ../../nbs/runs/67_diagnosis.ipynb #65-068c-2
 @patch
-def ceiling(self:Experiment) -> pd.DataFrame: # a row a ceiling
+def ceiling(self:Experiment) -> pd.DataFrame: # a row per ceiling
     """Success on validation tasks of a policy taught by the oracle, of perfect extraction at its best
     temperature, and of perfect re-ranking of 16 samples at temperature 1."""
     self.needs_truth()

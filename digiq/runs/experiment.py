@@ -275,7 +275,7 @@ def collect(self:Experiment,
     split:str="train", # of the tasks
     sequential:bool=False, # tasks as they stand, instead of in a random order
     repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
-) -> pd.DataFrame: # a row a level: episodes, successes, mean number of steps
+) -> pd.DataFrame: # a row per level: episodes, successes, mean number of steps
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset
     if p.collection.recorded:

@@ -181,7 +181,7 @@ def fixed(
 def draw_judged(
     goal:str, # what to do
     screen:Image.Image, # what the phone shows
-    found:pd.DataFrame, # a row an action: action, words, count, advantage (nan where unknown), and chosen, which gets a star
+    found:pd.DataFrame, # a row per action: action, words, count, advantage (nan where unknown), and chosen, which gets a star
     v:float, # of the state, nan where unknown
     unknown:str="", # that the critic knows nothing here; then there are no colours
 ) -> Image.Image:
