@@ -13,9 +13,10 @@ from digiq.play.adbd import Adbd, adb_server
 from digiq.play.android import Android
 from digiq.env import perform
 from digiq.explore import ActionExplorer, LivePhone, TrajectoryExplorer
-from digiq.explore.run import RunView, fixed
+from digiq.explore.run import RunView
 from digiq.phone import SimPhone, oracle
 from digiq.runs import load_preset, open_run
+from digiq.runs.plots import fixed
 from notebooks import root
 
 chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -319,7 +320,8 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
 
 def test_a_run_that_is_being_written(tmp_path):
     "An explorer opens as soon as there is an episode, says what is missing, and finds the rest later."
-    make = "import sys; from digiq.runs import load_preset, open_run; lab = open_run(sys.argv[1], load_preset('smoke', collection=dict(shard=8))); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
+    make = "import sys; from digiq.runs import load_preset, open_run
+from digiq.runs.plots import fixed; lab = open_run(sys.argv[1], load_preset('smoke', collection=dict(shard=8))); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
     writer = subprocess.Popen([sys.executable, "-c", make, str(tmp_path/"run")], env=dict(os.environ, PYTHONPATH=str(root)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not any((tmp_path/"run"/"episodes").glob("00000*.parquet")): # two processes write: the second shard may come first
