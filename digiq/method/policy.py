@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEMBERED', 'AutoUIConfig', 'image_width', 'AutoUI', 'positions', 'ImageEncoder', 'PooledImages', 'Policy',
-           'load_tokenizer', 'grammar_tokens', 'snap', 'on_grid', 'tiny_tokenizer']
+           'answer_log_prob', 'load_tokenizer', 'grammar_tokens', 'snap', 'on_grid', 'tiny_tokenizer']
 
 # %% ../../nbs/method/10_policy.ipynb #40-002
 import pickle
@@ -333,6 +333,17 @@ def act(self:Policy,
     "Actions for a batch of states"
     return self.sample([prompt(g, h) for g, h in zip(goals, histories)], self.image_encoder(screens), n, temperature)
 
+# %% ../../nbs/method/10_policy.ipynb #40-033-a
+def answer_log_prob(
+    logits:torch.Tensor, # of the next token, [batch, length, vocabulary]
+    labels:torch.Tensor, # the tokens, -100 where there is none, int64 [batch, length]
+    between:tuple[float, float]=(0., 1.) # to which tokens' probabilities are clamped
+) -> torch.Tensor: # float32 [batch]
+    "The log-probability of an answer, the sum over its tokens"
+    token = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
+    return token.sum(1)
+
 # %% ../../nbs/method/10_policy.ipynb #40-033
 @patch
 def log_prob(self:Policy,
@@ -348,9 +359,7 @@ def log_prob(self:Policy,
     mixed = self.model.encode(ids, mask, torch.as_tensor(features, device=self.device), which)
     before = self.model._shift_right(labels)
     logits = self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=before).logits
-    token = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    if tuple(between) != (0., 1.): token = torch.where(labels == -100, token, token.clamp(*np.log(between)))
-    return token.sum(1)
+    return answer_log_prob(logits, labels, between)
 
 # %% ../../nbs/method/10_policy.ipynb #40-033b
 def load_tokenizer(
