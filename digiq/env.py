@@ -16,7 +16,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, Dict, Text
 from PIL import Image, ImageDraw, ImageFont
 
-from .actions import Action, ActionError, decision, parse
+from .actions import ENDS, Action, ActionError, decision, parse
 from .core import DigiqError, derive_seed
 
 # %% ../nbs/03_env.ipynb #03-006
@@ -33,9 +33,12 @@ class Device(Protocol):
     size:tuple[int, int] # width and height of a screenshot, pixels
     def screenshot(self) -> Image.Image: "The screen now, RGB, of `size`."
     def tap(self, x:float, y:float): "Touch a point, 0..1 from the left and from the top."
+    def long_press(self, x:float, y:float): "Touch a point and hold it."
     def swipe(self, x0:float, y0:float, x1:float, y1:float): "Drag from one point to another."
     def type_text(self, s:str): "Type into whatever has the focus."
     def press(self, key:str): 'Press "back", "home" or "enter".'
+    def wait(self): "Let a moment pass."
+    def open_app(self, name:str): "Open an app. Raises `Unsupported` where there is none of that name."
     def reset(self, task, seed:int): "Make ready for a task; the same seed gives the same start."
     def close(self): "Let go of it; may be called twice."
 
@@ -56,14 +59,19 @@ def check_key(
 # %% ../nbs/03_env.ipynb #03-011
 def perform(
     device:Device, # where
-    action:Action, # what; saying that a task is complete or impossible touches nothing
+    action:Action, # what; a line break at the end of what is typed is the enter key; saying that a task is over touches nothing
 ):
     "Do an action on a device."
     (y0, x0), (y1, x1) = action.touch, action.lift
     if action.is_tap: device.tap(x0, y0)
     elif action.is_swipe: device.swipe(x0, y0, x1, y1)
-    elif action.kind == "TYPE": device.type_text(action.text)
-    elif action.kind.startswith("PRESS_"): device.press(action.kind.removeprefix("PRESS_").lower())
+    elif action.kind == "LONG_PRESS": device.long_press(x0, y0)
+    elif action.kind == "TYPE":
+        device.type_text(action.text.removesuffix("\n"))
+        if action.text.endswith("\n"): device.press("enter")
+    elif action.kind == "OPEN_APP": device.open_app(action.text)
+    elif action.kind == "WAIT": device.wait()
+    elif action.kind not in ENDS: device.press(action.kind.removeprefix("PRESS_").lower())
 
 # %% ../nbs/03_env.ipynb #03-013
 class ScriptedDevice:
@@ -74,7 +82,8 @@ class ScriptedDevice:
     def reset(self, task, seed):
         self.start, self.text = derive_seed(seed) % 2, ""
         self.count = self.start
-    def tap(self, x, y):
+    def tap(self, x, y): self.long_press(x, y) # the counter does not tell them apart
+    def long_press(self, x, y):
         check_point(x, y)
         self.count += 1
     def swipe(self, x0, y0, x1, y1):
@@ -84,6 +93,10 @@ class ScriptedDevice:
     def press(self, key):
         check_key(key)
         self.count = {"back": self.count - 1, "home": self.start, "enter": self.count}[key]
+    def wait(self): pass
+    def open_app(self, name):
+        if name != "counter": raise Unsupported(f"there is no app {name!r}, only counter")
+        self.count = self.start
     def close(self): pass
 
 # %% ../nbs/03_env.ipynb #03-015
@@ -117,10 +130,14 @@ def check_device(
         device.swipe(x, y, 1 - x, 1 - y)
     for s in ["", "red lamp", "naïve 日本 🛒 \"'\\;&|$(x)`", "\n\t"]: device.type_text(s)
     for key in ("enter", "back", "home"): device.press(key)
+    device.long_press(.5, .5)
+    device.wait()
     assert device.screenshot().size == tuple(device.size), "the size must not change"
     _must_fail(device.tap, 1.5, .5)
     _must_fail(device.swipe, .5, .5, .5, -.1)
+    _must_fail(device.long_press, -.1, .5)
     _must_fail(device.press, "menu")
+    _must_fail(device.open_app, "an app that nobody has")
 
 # %% ../nbs/03_env.ipynb #03-019
 def _start(device, task, seed=7):
@@ -221,7 +238,7 @@ def step(self:DeviceEnv,
         perform(self.device, act)
     except (ActionError, Unsupported) as e: error = str(e)
     else:
-        self.previous, ends = decision(action), act.kind in ("STATUS_TASK_COMPLETE", "TASK_IMPOSSIBLE")
+        self.previous, ends = decision(action), act.kind in ENDS
     self.steps += 1
     observation = self._observe()
     reward = float(self.evaluator(self.task, before, self.screen, self.device))

@@ -46,7 +46,7 @@ def draw_action(
     zorder:float=5, # higher ones lie on top
     ring:bool=False, # a black one around a tap, a black edge of a swipe: the best of several
 ):
-    "A tap as a dot, a swipe as an arrow; others leave no mark on the screen."
+    "A tap or a long press as a dot, a swipe as an arrow; others leave no mark on the screen."
     if not is_valid(action): return
     a, (w, h) = parse(action), size
     (y, x), (y1, x1) = a.touch, a.lift
@@ -54,7 +54,7 @@ def draw_action(
         ax.annotate("", (x1*w, y1*h), (x*w, y*h), zorder=zorder,
             arrowprops=dict(arrowstyle="simple,tail_width=.35,head_width=1", fc=colour,
             ec="black" if ring else "white", lw=2 if ring else .8, mutation_scale=14, shrinkA=0, shrinkB=0))
-    elif a.is_tap:
+    elif a.is_tap or a.kind == "LONG_PRESS":
         if ring: ax.scatter(x*w, y*h, s=190, color="white", edgecolors="black", linewidths=2, zorder=zorder)
         ax.scatter(x*w, y*h, s=110, facecolors="none", edgecolors="white", linewidths=4, zorder=zorder)
         ax.scatter(x*w, y*h, s=90, color=[colour], edgecolors="#222222", linewidths=.8, alpha=.85, zorder=zorder)
