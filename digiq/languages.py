@@ -27,6 +27,7 @@ class Said:
 @runtime_checkable
 class Language(Protocol):
     "How a model writes actions."
+    marks:tuple[str, ...] # parts of an answer that may be tokens of their own
     def render(self,
         action:Action, # any
         size:tuple[int, int], # width and height of the picture that the model sees, pixels
@@ -43,6 +44,7 @@ class Language(Protocol):
 # %% ../nbs/01a_languages.ipynb #01a-007
 class AutoUILanguage:
     "Action Plan: [...] ; Action Decision: ..."
+    marks = ()
     def render(self, action, size, thought=""):
         if thought: raise ActionError("Auto-UI's language has no place for a thought")
         return actions.render(action)
@@ -107,6 +109,7 @@ BUTTONS = dict(back="Back", home="Home", enter="Enter")
 class MobileUse:
     "Calls of the tool `mobile_use`, in JSON."
     scale:Scale=Scale() # of its points
+    marks:tuple[str, ...]=("<tool_call>", "</tool_call>") # around a call
 
 @patch
 def arguments(self:MobileUse,
@@ -123,7 +126,7 @@ def arguments(self:MobileUse,
     return dict(action="wait", time=2) if a.kind == "WAIT" else dict(action=dict(TYPE="type", OPEN_APP="open")[a.kind], text=a.text)
 
 # %% ../nbs/01a_languages.ipynb #01a-020
-CALL, DONE = "<tool_call>", "</tool_call>"
+CALL, DONE = MobileUse().marks
 
 @patch
 def render(self:MobileUse,
@@ -218,6 +221,7 @@ def manual(self:MobileUse,
 class UITars:
     "Thought: ... Action: name(argument='...')"
     scale:Scale=Scale() # of its points
+    marks:tuple[str, ...]=("<|box_start|>", "<|box_end|>") # around a point
 
 def quoted(
     text:str, # any

@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from ..actions import in_words, is_valid, parse
+from ..actions import NO_POINT, in_words, is_valid, parse
 from . import evaluation
 from .stages import RULES
 
@@ -120,7 +120,7 @@ def draw_candidates(
     for rank, i in enumerate(np.argsort(-q)):
         a, gain = parse(actions[i]), f"{percent(q[i], v):+.0f}%".replace("-", "−")
         draw_action(ax, actions[i], screen.size, hues[i], 9 - rank*.01, ring=rank == 0)
-        if not (a.is_tap or a.is_swipe):
+        if a.touch == NO_POINT:
             said.append(f"{'○●'[rank == 0]} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {gain}")
         elif rank < 3 and (spot := free_spot(a.touch[1]*w, a.touch[0]*h, (7 + 10*len(gain), 24), (w, h), boxes)):
             box = dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.88)
