@@ -107,8 +107,8 @@ def output(
     if out["output_type"] == "error": sys.exit(f"{path.relative_to(ROOT)} holds a cell that failed: run it again")
     if out.get("name") == "stderr": return ""
     if "text/html" in data and "<script" not in data["text/html"]:
-        table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
-        return f'<div class="output">{re.sub(chr(10) + "[ " + chr(10) + "]*", "", table)}</div>'
+        table = re.sub(r"<style.*?</style>|\n\s*", "", data["text/html"], flags=re.DOTALL)
+        return f'<div class="output">{re.sub(r"<table[^>]*>", "<table>", table)}</div>'
     if "text/markdown" in data: return markdown(data["text/markdown"], path)
     if mime := min((m for m in data if m in ("image/png", "image/jpeg")), key=lambda m: len(data[m]), default=None):
         picture = (WORK/"pages"/place(path)).with_suffix("")/f"{name}.{mime.removeprefix('image/')}"
@@ -116,7 +116,8 @@ def output(
         picture.write_bytes(base64.b64decode(data[mime]))
         return f'<p class="output"><img src="{path.stem}/{picture.name}" alt="What the cell shows"></p>'
     text = "".join(out.get("text") or data.get("text/plain", "")).rstrip()
-    return fenced(re.sub(r"\x1b\[[\d;]*m", "", text), "text .output") if text.strip() else ""
+    if not text.strip() or re.search(r"\d%\|", text): return ""
+    return fenced(re.sub(r"\x1b\[[\d;]*m", "", text), "text .output")
 
 
 def page(path):
@@ -167,7 +168,7 @@ def add(path, numbered=True):
 def config():
     "Write all pages; return the configuration of mkdocs."
     rooms, runs = notebooks()
-    nav = [add(NBS/FIRST_PAGE, False), add(NBS/ONE_PAGE, False)]
+    nav = [{"Start": write(place(NBS/FIRST_PAGE), page(NBS/FIRST_PAGE))}, add(NBS/ONE_PAGE, False)]
     heading = lambda name: "VLM" if name == "vlm" else name.capitalize()
     nav += [{heading(name): [add(path) for path in chapters]} for name, chapters in rooms.items()]
     nav.append({"Run it": [add(path, False) for path in runs]})
@@ -179,14 +180,14 @@ def config():
     write("assets/site.css", (ROOT/"tools"/"site.css").read_text(encoding="utf-8"))
     palette = [dict(media=f"(prefers-color-scheme: {kind})", scheme=scheme, primary="teal", accent="teal", toggle=dict(icon=f"material/weather-{now}", name=f"Switch to {other}"))
                for kind, scheme, now, other in (("light", "default", "sunny", "dark"), ("dark", "slate", "night", "light"))]
-    python = dict(docstring_style=None, filters="public", members_order="source", heading_level=3, show_root_heading=False, show_root_toc_entry=False, show_source=False,
+    python = dict(docstring_style=None, filters=["!^_"], group_by_category=False, members_order="source", heading_level=3, show_root_heading=False, show_root_toc_entry=False, show_source=False,
                   separate_signature=True, show_signature_annotations=True, show_symbol_type_heading=True, docstring_section_style="table", show_bases=False, signature_crossrefs=False,
                   show_submodules=False, show_docstring_modules=False, extensions=[str(Path(__file__).resolve())])
     return dict(
         site_name="digiq", docs_dir=str(WORK/"pages"), site_dir=str(SITE), use_directory_urls=False, strict=True, nav=nav, copyright="Apache 2.0", hooks=[str(Path(__file__).resolve())],
         theme=dict(name="material", font=False, palette=palette, icon=dict(logo="material/cellphone"), features=["navigation.footer", "navigation.top", "navigation.prune", "search.highlight", "content.code.copy", "toc.follow"]),
         extra=dict(generator=False), extra_css=["assets/site.css"],
-        plugins=["search", dict(mkdocstrings=dict(handlers=dict(python=dict(paths=[str(ROOT)], options=python))))],
+        plugins=[dict(search=dict(separator=r"[\s()\[\]{}.,:;=*/\"'`]+")), dict(mkdocstrings=dict(handlers=dict(python=dict(paths=[str(ROOT)], options=python))))],
         markdown_extensions=["attr_list", "md_in_html", "pymdownx.superfences", "pymdownx.highlight", dict(toc=dict(permalink=True, toc_depth=3)), {"pymdownx.arithmatex": dict(generic=True)}],
         validation=dict(omitted_files="warn", absolute_links="warn", unrecognized_links="warn", anchors="warn"))
 
@@ -268,8 +269,8 @@ class Docments(griffe.Extension):
         if isinstance(node, griffe.ObjectNode): return
         said = self.said(agent)
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and n.end_lineno in said and not n.target.id.startswith("_")]
-        rows = [griffe.DocstringAttribute(n.target.id, description=said[n.end_lineno], annotation=ast.unparse(n.annotation), value=n.value and ast.unparse(n.value)) for n in fields]
-        self.describe(cls, [griffe.DocstringSectionAttributes(rows)]*bool(rows))
+        rows = [griffe.DocstringParameter(n.target.id, description=said[n.end_lineno], annotation=ast.unparse(n.annotation), value=n.value and ast.unparse(n.value)) for n in fields]
+        self.describe(cls, [griffe.DocstringSectionParameters(rows, title="Fields:")]*bool(rows))
 
     def on_package(self, *, pkg, loader, **kwargs):
         for func in self.patched:
