@@ -18,7 +18,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.loaded, self.anchors = [], [], {""}
-        self.feed(text)
+        self.feed(re.sub(r'<span class="[^"]*">|</span>', "", text)) # most of the tags, without a target
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or "" for k, v in attrs}

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, RUNS, SITE, WORK = ROOT/"nbs", ROOT/"papermill_runs", ROOT/"_docs", ROOT/"build"/"site"
 FENCE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 TARGET = re.compile(r"(\]\(|\ssrc=\")([^)\"\s]+)")
+BEHIND = "---\nsearch:\n  boost: 0.2\n---\n\n" # a page that comes after the chapters among what a search finds
 FIRST_PAGE, ONE_PAGE = "index.ipynb", "00_digiq.ipynb"
 
 
@@ -130,7 +131,7 @@ def page(path):
         if code and not re.search(r"^#\|\s*echo:\s*false", cell["source"], re.M): blocks.append(fenced(code, "python"))
         blocks += [output(out, path, f"{k}-{i}") for i, out in enumerate(cell["outputs"])]
     if name := module(path):
-        blocks.append(f"---\n\nFrom this chapter is made `{name}`: [its API]({os.path.relpath(Path('api', room(name)), place(path).parent)}.md#{name})")
+        blocks.append(f"---\n\nFrom this chapter is made `{name}`: [its API]({os.path.relpath(Path('api', room(name)), place(path).parent)}.md#{anchor(name)})")
     return "\n\n".join(block.strip("\n") for block in blocks if block.strip()) + "\n"
 
 
@@ -139,13 +140,16 @@ def room(name):
     return parts[1] if len(parts := name.split(".")) > 2 or (ROOT/"digiq"/parts[-1]).is_dir() else "digiq"
 
 
+def anchor(name): return name.replace("__", "") # underscores would be read as bold
+
+
 def api(chapters): # chapters of one room that export a module
     "The page on the modules of a room."
     name = room(module(chapters[0]))
-    blocks = [f"# {'digiq.' if name != 'digiq' else ''}{name}"]
+    blocks = [BEHIND + f"# {'digiq.' if name != 'digiq' else ''}{name}"]
     for path in chapters:
         link = f"[{title(path)}]({os.path.relpath(place(path), 'api')})"
-        blocks += [f"## {module(path)} {{ #{module(path)} }}", f"Chapter {path.name.partition('_')[0]}, {link}", f"::: {module(path)}"]
+        blocks += [f"## `{module(path)}` {{ #{anchor(module(path))} }}", f"Chapter {path.name.partition('_')[0]}, {link}", f"::: {module(path)}"]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -172,7 +176,7 @@ def config():
     heading = lambda name: "VLM" if name == "vlm" else name.capitalize()
     nav += [{heading(name): [add(path) for path in chapters]} for name, chapters in rooms.items()]
     nav.append({"Run it": [add(path, False) for path in runs]})
-    executed = [{path.stem: write(place(path), page(path))} for path in sorted(RUNS.glob("*.ipynb")) if (RUNS/path.stem/"metrics.json").is_file() or path.stem == "base_models"]
+    executed = [{path.stem: write(place(path), BEHIND + page(path))} for path in sorted(RUNS.glob("*.ipynb")) if (RUNS/path.stem/"metrics.json").is_file() or path.stem == "base_models"]
     nav.append({"Executed runs": [{"What they are": write("papermill_runs/index.md", (RUNS/"README.md").read_text(encoding="utf-8"))}, *executed]})
     modules = {}
     for path in (p for chapters in rooms.values() for p in chapters if module(p)): modules.setdefault(room(module(path)), []).append(path)
@@ -187,7 +191,7 @@ def config():
         site_name="digiq", docs_dir=str(WORK/"pages"), site_dir=str(SITE), use_directory_urls=False, strict=True, nav=nav, copyright="Apache 2.0", hooks=[str(Path(__file__).resolve())],
         theme=dict(name="material", font=False, palette=palette, icon=dict(logo="material/cellphone"), features=["navigation.footer", "navigation.top", "navigation.prune", "search.highlight", "content.code.copy", "toc.follow"]),
         extra=dict(generator=False), extra_css=["assets/site.css"],
-        plugins=[dict(search=dict(separator=r"[\s()\[\]{}.,:;=*/\"'`]+")), dict(mkdocstrings=dict(handlers=dict(python=dict(paths=[str(ROOT)], options=python))))],
+        plugins=[dict(search=dict(separator=r"[\s\-()\[\]{}.,:;=*/\"'`]+")), dict(mkdocstrings=dict(handlers=dict(python=dict(paths=[str(ROOT)], options=python))))],
         markdown_extensions=["attr_list", "md_in_html", "pymdownx.superfences", "pymdownx.highlight", dict(toc=dict(permalink=True, toc_depth=3)), {"pymdownx.arithmatex": dict(generic=True)}],
         validation=dict(omitted_files="warn", absolute_links="warn", unrecognized_links="warn", anchors="warn"))
 
@@ -232,7 +236,7 @@ def on_post_build(config):
     options = subset.Options(flavor="woff", notdef_outline=True, layout_features=["*"], name_IDs=["*"])
     font = subset.load_font(Path(ziamath.__file__).parent/"fonts"/"STIXTwoMath-Regular.ttf", options)
     part = subset.Subsetter(options)
-    part.populate(text="".join(signs) + "0123456789+-=()[]{}|,.")
+    part.populate(text="".join(signs) + "√") # a root has no text
     part.subset(font)
     subset.save_font(font, SITE/"assets"/"math.woff", options)
 
@@ -249,7 +253,8 @@ class Docments(griffe.Extension):
             self.comments[agent.filepath] = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
         return self.comments[agent.filepath]
 
-    def describe(self, it, section): # the docstring's text, then a table
+    def describe(self, it, section): # the docstring's text, then tables
+        if not it.docstring and not section: return
         if not it.docstring: it.docstring = griffe.Docstring("", parent=it)
         text = [griffe.DocstringSectionText(it.docstring.value)] if it.docstring.value else []
         it.docstring.parsed = text + section
