@@ -109,7 +109,7 @@ def test_in_a_browser(site):
                 assert limit > 3, "what is under `max` is not below it"
                 assert page.evaluate("document.fonts.ready.then(f => [...f].some(e => e.family.includes('STIX') && e.status === 'loaded'))")
                 if width < 600: page.click("label[for=__search] >> nth=0")
-                page.fill(".md-search__input", "Best-of-N")
+                page.locator(".md-search__input").press_sequentially("Best-of-N") # it listens to keys
                 page.wait_for_function("document.querySelector('.md-search-result__list').textContent.includes('Extraction')")
             chrome.close()
     finally: server.shutdown()
