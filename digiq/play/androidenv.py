@@ -7,7 +7,7 @@ __all__ = ['TOUCH', 'LIFT', 'REPEAT', 'PLACES', 'AndroidEnvDevice']
 
 # %% ../../nbs/play/49_android_env.ipynb #49-003
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from threading import Lock, Thread
 
 import numpy as np
