@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['DeviceError', 'Unsupported', 'Device', 'check_point', 'check_key', 'perform', 'ScriptedDevice', 'check_device',
-           'Evaluator', 'ask_device', 'prompt', 'AnyText', 'DeviceEnv']
+           'Evaluator', 'ask_device', 'prompt', 'AnyText', 'SharedTexts', 'DeviceEnv']
 
 # %% ../nbs/03_env.ipynb #03-002
+import multiprocessing
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -14,6 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, Dict, Text
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
 from PIL import Image, ImageDraw, ImageFont
 
 from .actions import ENDS, Action, ActionError, decision, parse
@@ -179,6 +182,28 @@ class AnyText(Text):
     "Any string of at most `max_length` characters; samples are of letters and digits."
     def contains(self, x): return isinstance(x, str) and len(x) <= self.max_length
 
+# %% ../nbs/03_env.ipynb #03-029b
+class SharedTexts(Sequence):
+    "Texts that other processes write, as they are now; `deepcopy` gives a tuple of strings."
+    def __init__(self,
+        memory, # `multiprocessing.Array` of C integers: for each text its length and room for its code points
+        n:int, # texts
+    ): self.rows = np.frombuffer(memory.get_obj(), np.intc).reshape(n, -1)
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return "".join(map(chr, self.rows[i, 1:1 + self.rows[i, 0]]))
+    def __setitem__(self, i, s): self.rows[i, :1 + len(s)] = [len(s), *map(ord, s)]
+    def __deepcopy__(self, memo): return tuple(self)
+
+# %% ../nbs/03_env.ipynb #03-029d
+@create_shared_memory.register(AnyText)
+def _share_texts(space, n=1, ctx=multiprocessing): return ctx.Array("i", n * (1 + space.max_length))
+
+@write_to_shared_memory.register(AnyText)
+def _write_text(space, index, value, memory): SharedTexts(memory, len(memory) // (1 + space.max_length))[index] = value
+
+@read_from_shared_memory.register(AnyText)
+def _read_texts(space, memory, n=1): return SharedTexts(memory, n)
+
 # %% ../nbs/03_env.ipynb #03-030
 class DeviceEnv(gym.Env):
     "A device with tasks, as a gymnasium environment."
@@ -187,7 +212,7 @@ class DeviceEnv(gym.Env):
     def __init__(self,
         device:Device, # where to act
         tasks:list, # what to ask for; each with `id`, `goal` and `level`
-        horizon:int=20, # steps after which an episode is cut off
+        horizon:int|None=20, # steps after which an episode is cut off; None where others see to that
         evaluator:Evaluator|None=None, # who gives the reward; the device itself where None
     ):
         if not tasks: raise DigiqError("an environment needs at least one task")
@@ -243,7 +268,7 @@ def step(self:DeviceEnv,
     observation = self._observe()
     reward = float(self.evaluator(self.task, before, self.screen, self.device))
     terminated = ends or reward >= 1
-    truncated = not terminated and self.steps >= self.horizon
+    truncated = not terminated and self.horizon is not None and self.steps >= self.horizon
     self.running = not (terminated or truncated)
     return observation, reward, terminated, truncated, self._info(error)
 

@@ -6,7 +6,8 @@
 __all__ = ['LINKS', 'FAULTS', 'PROSE', 'NOISE', 'FAILED', 'MARK', 'PERMISSION', 'MOST_BYTES', 'MOST_WORDS', 'WAYS', 'ROTATIONS',
            'DUMPS', 'HOLD', 'OTHER_NAMES', 'ADB_KEYBOARD', 'PIECE', 'IME', 'CHROME', 'NOTE', 'explain', 'list_phones',
            'find_devices', 'AdbSettings', 'OutOfTime', 'LimitedClient', 'Unreachable', 'AdbDevice', 'Refused',
-           'complaint', 'read_picture', 'read_rotation', 'is_blank', 'find_package', 'ask_phone']
+           'complaint', 'with_status', 'read_status', 'read_picture', 'read_rotation', 'is_blank', 'find_package',
+           'ask_phone']
 
 # %% ../../nbs/play/45_adb.ipynb #21-002
 import base64, io, json, math, re, shlex, socket, struct, subprocess, threading, time, zlib
@@ -220,6 +221,21 @@ def shell(self:AdbDevice,
         raise Refused(f"{self.serial}: {' '.join(words[:2])}: {why}")
     return out
 
+# %% ../../nbs/play/45_adb.ipynb #21-014b-2
+def with_status(
+    words:tuple[str, ...], # command and arguments
+) -> str:
+    "A line for the phone's shell that prints its exit status last."
+    return f"{shlex.join(words)}; echo {MARK}$?"
+
+def read_status(
+    mixed:str, # what such a line printed
+) -> tuple[str, str, int]: # output with errors in it, "" for errors, exit status
+    "Take the status out. Raises `ValueError` where there is none."
+    found = re.fullmatch(rf"(.*){MARK}(\d+)\n?(.*)", mixed.replace("\r\n", "\n"), re.DOTALL)
+    if not found: raise ValueError(f"no shell v2, which came with Android 7, and no exit status in {mixed[-100:]!r}")
+    return found[1] + found[3], "", int(found[2])
+
 # %% ../../nbs/play/45_adb.ipynb #21-014b-1
 @patch
 def _execute(self:AdbDevice, words): # output, errors, exit status
@@ -230,12 +246,8 @@ def _execute(self:AdbDevice, words): # output, errors, exit status
         except AdbError as e:
             if self.v2 or str(e) != "closed":
                 raise # `closed` is also a link that was cut; the first command, a look, may be given twice
-    line = f"{shlex.join(words)}; echo {MARK}$?"
-    mixed = self.adb.shell(line, timeout=self.cfg.limit, rstrip=False).replace("\r\n", "\n")
-    found = re.fullmatch(rf"(.*){MARK}(\d+)\n?(.*)", mixed, re.DOTALL)
-    if not found: raise AdbError(f"no shell v2, which came with Android 7, and no exit status in {mixed[-100:]!r}")
-    self.v2 = False
-    return found[1] + found[3], "", int(found[2])
+    said, self.v2 = read_status(self.adb.shell(with_status(words), timeout=self.cfg.limit, rstrip=False)), False
+    return said
 
 # %% ../../nbs/play/45_adb.ipynb #21-016
 MOST_BYTES, MOST_WORDS = 1 << 27, 1 << 16 # of a screenshot, and of what is said before it
@@ -385,7 +397,7 @@ def tap(self:AdbDevice,
     self.shell("input", "tap", *self._pixels(x, y))
 
 # %% ../../nbs/play/45_adb.ipynb #21-027-0
-HOLD = "1000" # milliseconds of a long press; Android wants half a second
+HOLD = 1000 # milliseconds of a long press; Android wants half a second
 
 @patch
 def long_press(self:AdbDevice,
@@ -394,7 +406,7 @@ def long_press(self:AdbDevice,
 ):
     "Touch a point and hold it, which Android knows as a swipe that goes nowhere."
     check_point(x, y)
-    self.shell("input", "swipe", *self._pixels(x, y) * 2, HOLD)
+    self.shell("input", "swipe", *self._pixels(x, y) * 2, str(HOLD))
 
 @patch
 def wait(self:AdbDevice):
