@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'PLACEHOLDERS', 'INFO', 'open_store', 'chosen', 'Example', 'question', 'examples', 'new_directory', 'report',
-           'picture_name', 'save_picture', 'to_llama_factory', 'to_verl']
+           'summary', 'picture_name', 'save_picture', 'to_llama_factory', 'to_verl']
 
 # %% ../../nbs/exchange/59a_export.ipynb #59a-002
 import io, json
@@ -104,6 +104,14 @@ def report(
     "What was exported. Raises `DataError` where nothing was."
     if steps: return dict(steps=steps, left_out=dict(left))
     raise DataError("no step makes an example: " + ", ".join(f"{n} {why}" for why, n in left.items()))
+
+def summary(
+    counts:dict, # of an export
+    out:str|Path, # where it wrote
+) -> str: # lines
+    "What was exported, for a terminal."
+    first = ", ".join(f"{n} {what}" for what, n in counts.items() if what != "left_out")
+    return "\n".join([f"{first}: {out}", *(f"left out: {n} steps {why}" for why, n in counts.get("left_out", {}).items())])
 
 # %% ../../nbs/exchange/59a_export.ipynb #59a-021
 INFO = {"digiq": {

@@ -195,12 +195,12 @@ def to_web(
     store:EpisodeStore, # recorded episodes
     out:str|Path, # directory to write: index.html and the pictures
     which:str="all", # episodes: "all" or "successful"
-    title:str="Traces", # of the page
+    name:str="Traces", # title of the page
 ) -> dict: # counts of episodes and steps
     "Write a page of traces. Raises `DataError` where there is nothing to show, or `out` exists."
     rows = chosen(store, which)
     groups = rows.groupby("episode")
     with new_directory(out) as folder:
         found = [_episode(store, folder, k, e) for k, e in progress(groups, total=groups.ngroups, desc="export")]
-        (folder/"index.html").write_text(page(found, title), encoding="utf-8")
+        (folder/"index.html").write_text(page(found, name), encoding="utf-8")
     return dict(episodes=len(found), steps=len(rows) - len(found))
