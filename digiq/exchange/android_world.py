@@ -163,6 +163,11 @@ ENDS = dict(complete=complete, infeasible=impossible)
 SWIPES = dict(down=(0, .5, 1, .5), up=(1, .5, 0, .5), left=(.5, 0, .5, 1), right=(.5, 1, .5, 0)) # as `actuation.py` has them
 LACKING = "long_press", "double_tap", "open_app", "wait", "answer"
 
+def _word(action, name): return action[name] if type(action.get(name)) is str else ""
+def _index(action): # of the element; None where none is named
+    index = action.get("index")
+    return int(index) if type(index) is int or type(index) is str and re.fullmatch(r"\d{1,6}", index) else None
+
 def _middle(box):
     if box is None: raise DigiqError("the place of the element is not in the file")
     top, left, bottom, right = box
@@ -185,17 +190,17 @@ def make_action(
     size:tuple[int, int], # width and height of the screen, pixels
 ): # an `Action`
     "What ours say for it. Raises `DigiqError` where they cannot."
-    kind = action.get("action_type")
+    kind, way, status = (_word(action, k) for k in ("action_type", "direction", "goal_status"))
     if kind in KEYS: return press(KEYS[kind])
     if kind in LACKING: raise DigiqError(kind)
     if kind == "input_text": return type_text(str(action.get("text", "")))
-    if kind == "status" and action.get("goal_status") in ENDS: return ENDS[action["goal_status"]]()
-    if kind == "scroll": return scroll(action.get("direction"), box if action.get("index") else (0, 0, 1, 1))
-    if kind == "swipe" and action.get("direction") in SWIPES: return swipe(*SWIPES[action["direction"]])
+    if kind == "status" and status in ENDS: return ENDS[status]()
+    if kind == "scroll": return scroll(way, box if _index(action) else (0, 0, 1, 1)) # they take element 0 for none
+    if kind == "swipe" and way in SWIPES: return swipe(*SWIPES[way])
     if kind != "click": raise DigiqError("an action in another form")
     if action.get("x") is None: return tap(*_middle(box))
     try: return tap(float(action["y"])/size[1], float(action["x"])/size[0])
-    except (KeyError, TypeError, ValueError): raise DigiqError("the place of the tap is not in the file") from None
+    except (KeyError, TypeError, ValueError, OverflowError): raise DigiqError("the place of the tap is not in the file") from None
 
 # %% ../../nbs/exchange/57_android_world.ipynb #57-026
 DRAWN = "click", "long_press", "input_text", "scroll" # with an index
@@ -206,7 +211,8 @@ WITHOUT, WITH = "screen left out; --marked keeps it", "screen kept, though it te
 def _pixels(value, t):
     if value is None: return None
     pixels = value.read() if type(value) is Array else np.zeros(0)
-    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3: return pixels
+    rgb = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    if rgb and 0 < min(pixels.shape) <= max(pixels.shape) < 1 << 14: return pixels
     raise Broken(t, "has a screenshot that is none")
 
 def _encoded(pixels): return None if pixels is None else encode_screen(Image.fromarray(pixels))
@@ -221,15 +227,17 @@ def step_of(
     output = data.get("action_output")
     reason, action = said(output if type(output) is str else "")
     pixels = _pixels(data.get("before_screenshot", data.get("raw_screenshot")), t)
-    size, index = (1, 1) if pixels is None else pixels.shape[1::-1], action.get("index")
-    drawn = "before_screenshot" not in data and index is not None and action.get("action_type") in DRAWN
+    size, index, kind = (1, 1) if pixels is None else pixels.shape[1::-1], _index(action), _word(action, "action_type")
+    drawn = "before_screenshot" not in data and index is not None and kind in DRAWN
     if drawn: box = None if pixels is None else marked_box(pixels)
-    else: box = element_box(data.get("before_element_list"), index, size) if type(index) is int else None
-    notes = {k: v for k, v in (("reason", reason), ("summary", data.get("summary"))) if type(v) is str and v}
-    odd = [(CHOICE, WITH if marked else WITHOUT)]*drawn + [(PART, ONLY_TYPED)]*(action.get("action_type") == "input_text")
+    else: box = None if index is None else element_box(data.get("before_element_list"), index, size)
+    told = (("reason", reason), ("summary", data.get("summary")))
+    notes = {k: v for k, v in told if type(v) is str and v}
+    odd = [(CHOICE, WITH if marked else WITHOUT)]*drawn + [(PART, ONLY_TYPED)]*(kind == "input_text")
     words = json.dumps(action) if action else str(output or "")
     what, done = ("; ".join(parts) for parts in zip(*odd)) if odd else ("", "")
-    return step(None if drawn and not marked else _encoded(pixels), partial(make_action, action, box, size), words, what, done, notes)
+    screen = None if drawn and not marked else _encoded(pixels)
+    return step(screen, partial(make_action, action, box, size), words, what, done, notes)
 
 # %% ../../nbs/exchange/57_android_world.ipynb #57-030
 UNDECLARED = "the agent never declared itself done, and is_successful is then 0 whatever the phone shows"
@@ -239,7 +247,8 @@ def _text(episode, name): return episode[name] if type(episode.get(name)) is str
 def _steps(data): # a dictionary for each step, of a dictionary of lists
     lists = {k: v for k, v in data.items() if type(v) is list}
     n = len(lists.get("step_number", []))
-    uneven = [k for k in ("raw_screenshot", "before_screenshot", "action_output", "before_element_list") if len(lists.get(k, [0]*n)) != n]
+    needed = "raw_screenshot", "before_screenshot", "before_element_list", "action_output"
+    uneven = [k for k in needed if len(lists.get(k, [0]*n)) != n]
     if uneven: raise Broken(None, f"{uneven[0]} has another number of steps than step_number")
     if "action_output" not in lists: raise Broken(None, "has no action_output: agents like M3A and T3A can be read")
     return [{k: v[t] for k, v in lists.items() if len(v) == n} for t in range(n)]
@@ -252,8 +261,8 @@ def _success(episode):
 # %% ../../nbs/exchange/57_android_world.ipynb #57-031
 def _last(steps, data, declared, marked): # the screen after the last action
     end = data[-1]
-    if "before_screenshot" in end: return steps[-1].screen if declared else _encoded(_pixels(end.get("after_screenshot"), len(data)))
-    if declared: return steps[-1].screen
+    if declared: return steps[-1].screen # saying so touches nothing
+    if "before_screenshot" in end: return _encoded(_pixels(end.get("after_screenshot"), len(data)))
     return _encoded(_pixels(end.get("after_screenshot_with_som"), len(data))) if marked else None
 
 def episode_of(
@@ -271,7 +280,8 @@ def episode_of(
     declared = steps[-1].action in (complete(), impossible())
     odd = [] if won or declared else [(len(steps) - 1, UNDECLARED, "kept, as cut off")]
     task = f"{_text(episode, 'task_template')}-{episode.get('instance_id')}"
-    notes = {k: str(episode[k]) for k in ("agent_name", "seed", "is_successful") if type(episode.get(k)) in (str, int, float, bool)}
+    told = ((k, episode.get(k)) for k in ("agent_name", "seed", "is_successful"))
+    notes = {k: str(v) for k, v in told if type(v) in (str, int, float, bool)}
     return Imported(name, _text(episode, "goal"), steps, _last(steps, data, declared, marked),
         True if won else False if declared else None, task, 1, notes, odd)
 
@@ -290,4 +300,6 @@ def read(
         try: episodes = load(file)
         except DataError as e: yield file.name, partial(_refuse, e)
         else:
-            for i, e in enumerate(episodes): yield file.name if len(episodes) == 1 else f"{file.name} {i}", partial(episode_of, file.name, e, marked)
+            for i, e in enumerate(episodes):
+                name = file.name if len(episodes) == 1 else f"{file.name} {i}"
+                yield name, partial(episode_of, name, e, marked)

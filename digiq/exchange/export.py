@@ -92,7 +92,8 @@ def new_directory(
     out:str|Path, # to be written
 ):
     "A directory that appears when it is complete. Raises `DataError` where there is one of the name."
-    if Path(out).exists(): raise DataError(f"{out} is there already and is not overwritten: choose another directory, or delete it first")
+    if Path(out).exists():
+        raise DataError(f"{out} is there already and is not overwritten: choose another directory, or delete it first")
     with atomic(out) as partial:
         partial.mkdir()
         yield partial
@@ -154,7 +155,8 @@ def to_llama_factory(
             for n, e in enumerate(examples(store, which, left), start=1):
                 chat = [_message("user", e.question), _message("assistant", e.answer)]
                 image = save_picture(folder/"images", e.row.episode, e.row.step, e.picture)
-                f.write(("[\n" if n == 1 else ",\n") + json.dumps(dict(messages=chat, images=[image]), ensure_ascii=False))
+                line = json.dumps(dict(messages=chat, images=[image]), ensure_ascii=False)
+                f.write(("[\n" if n == 1 else ",\n") + line)
             f.write("\n]\n")
         write_json(folder/"dataset_info.json", INFO)
         return report(n, left)
@@ -164,8 +166,10 @@ def _features(): # of verl's rows, in the way of Hugging Face `datasets`
     from datasets import Features, List, Value
     from datasets import Image as Picture
     text, whole = Value("string"), Value("int64")
-    extra = dict(split=text, index=whole, episode=whole, step=whole, task_id=text, goal=text, reward=Value("float64"), success=Value("bool"))
-    return Features(data_source=text, prompt=List(dict(role=text, content=text)), images=List(Picture()), ability=text,
+    extra = dict(split=text, index=whole, episode=whole, step=whole, task_id=text, goal=text,
+        reward=Value("float64"), success=Value("bool"))
+    return Features(
+        data_source=text, prompt=List(dict(role=text, content=text)), images=List(Picture()), ability=text,
         reward_model=dict(style=text, ground_truth=text), extra_info=extra)
 
 def _verl_row(index, e):

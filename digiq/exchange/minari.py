@@ -93,7 +93,8 @@ def to_minari(
     except ImportError: raise ConfigError("Minari is not installed: pip install 'digiq[minari]'") from None
     namespace, rows = _parts(name), chosen(store, which)
     root = Path(out or get_dataset_path()).absolute()
-    if (root/name).exists(): raise DataError(f"{root/name} is there already and is not overwritten: choose another version, e.g. -v1")
+    if (root/name).exists():
+        raise DataError(f"{root/name} is there already and is not overwritten: choose another version, e.g. -v1")
     counts = Counter(scaled=int(screen is not None))
     size = tuple(screen or _first_size(store, rows))
     episodes = [(k, e) for k, e in rows.groupby("episode") if len(e) > 1]
