@@ -6,14 +6,18 @@
 __all__ = ['KINDS', 'convert']
 
 # %% ../../nbs/exchange/59_kinds.ipynb #59-002
+from functools import partial
 from pathlib import Path
 
-from . import importing
+from ..core import ConfigError
+from . import android_world, importing
 from ..released import episodes as released
 
 # %% ../../nbs/exchange/59_kinds.ipynb #59-005
 # by kind: (source, images), yields pairs, the name of an episode and a function that returns it
-KINDS = {}
+KINDS = {
+    "android-world": android_world.read,
+}
 
 def convert(
     kind:str, # of `KINDS`, or "released"
@@ -22,9 +26,12 @@ def convert(
     images:str|Path|None=None, # directory or zip archive of the pictures, where a source keeps them apart
     limit:int|None=None, # only the first so many episodes
     dtype:str="float32", # of f(s, a) and image features, which only released files have
+    marked:bool=False, # keep AndroidWorld's screens on which the agent drew its choice
 ) -> str: # lines for a terminal
     "Take over episodes of others, and say what was odd. Raises `DataError` where nothing can be taken over."
+    if marked and kind != "android-world": raise ConfigError(f"marked is for android-world, not for {kind}")
     if kind == "released": report = released.convert(source, out, images, limit, dtype)
-    else: report = importing.convert(kind, KINDS[kind], source, out, images, limit)
+    elif not marked: report = importing.convert(kind, KINDS[kind], source, out, images, limit)
+    else: report = importing.convert(f"{kind}, marked", partial(KINDS[kind], marked=True), source, out, images, limit)
     advice = "" if kind == "released" else importing.advice(report)
     return "\n".join(filter(None, (released.summary(report, out), advice)))
