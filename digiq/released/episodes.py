@@ -25,14 +25,15 @@ from ..tasks import level
 
 # %% ../../nbs/released/51_episodes.ipynb #31a-006
 def _parts(path): return [p for p in str(path).replace("\\", "/").split("/") if p not in ("", ".")]
-def _short(path): return "/".join(_parts(path)[-2:])
+def _short(path, parts=2): return "/".join(_parts(path)[-parts:])
 
 class Pictures:
-    "Picture files by the last two parts of their paths. Raises `DataError` where there are none."
+    "Picture files by the last parts of their paths. Raises `DataError` where there are none."
     def __init__(self,
         path:str|Path, # a directory, or a zip archive
+        parts:int=2, # of a path that identify a picture
     ):
-        self.path, self.zip, self.known = Path(path), None, {}
+        self.path, self.parts, self.zip, self.known = Path(path), parts, None, {}
         try: names = self._files()
         except (OSError, zipfile.BadZipFile) as e:
             if self.path.is_file() and (found := disguise(self.path)): raise DataError(f"{path} is {found}") from None
@@ -40,7 +41,7 @@ class Pictures:
         for n in names:
             name = self.name(n)
             if "__MACOSX" in _parts(name): continue # what macOS adds to archives
-            self.known.setdefault(_short(name), []).append(n)
+            self.known.setdefault(_short(name, parts), []).append(n)
         if not self.known: raise DataError(f"{path} holds no files: give the directory or archive of the pictures")
 
     def _files(self):
@@ -72,7 +73,7 @@ def find(self:Pictures,
     path:str, # as a step says it
 ) -> bytes: # None where there is none
     "The file of a picture. Raises `DataError` where it may be one or another."
-    wanted, some = _parts(path), self.known.get(_short(path), [])
+    wanted, some = _parts(path), self.known.get(_short(path, self.parts), [])
     if len(some) > 1:
         same = [(_agree(wanted, parts := _parts(self.name(w))), len(parts)) for w in some]
         best = max(n for n, _ in same)
