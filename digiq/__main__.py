@@ -106,18 +106,19 @@ def explore(
 # %% ../nbs/91_command_line.ipynb #91-301
 @app.command()
 def convert(
-    kind: Annotated[Literal["released", "android-world"], typer.Argument(
-        help="released: what Digi-Q published, or `collect` wrote; android-world: a run's .pkl.gz")],
-    source: Annotated[str, typer.Argument(help="file or directory, e.g. webshop-1296trajs.pt")],
+    kind: Annotated[Literal["aitw", "aitz", "android-control", "android-world", "gui-odyssey", "released"], typer.Argument(
+        help="the data set; released: what Digi-Q published, or `collect` wrote; android-world: a run's .pkl.gz")],
+    source: Annotated[str, typer.Argument(help="file or directory, e.g. webshop-1296trajs.pt, or android_control/")],
     out: Annotated[str, typer.Argument(help="directory to write; a conversion that was cut off is continued")],
     images: Annotated[str | None, typer.Option(help="directory or zip archive of the pictures")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many episodes")] = None,
+    split: Annotated[str | None, typer.Option(help="only a part of the data set, FILE:NAME, e.g. splits.json:train")] = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="of f(s, a) and image features")] = "float32",
     marked: Annotated[bool, typer.Option("--marked", help="keep AndroidWorld's screens on which M3A drew its choice")] = False,
 ):
     "Take over episodes of others, without running anything that is in the file."
     from digiq.exchange.kinds import convert
-    print(convert(kind, source, out, images, limit, dtype, marked))
+    print(convert(kind, source, out, images, limit, split, dtype, marked))
 
 # %% ../nbs/91_command_line.ipynb #91-303
 def _size(text): # width and height of 270x600

@@ -29,7 +29,7 @@ def _place(said, size): # y, x from 0 to 1
 
 def _scroll(said):
     direction = said.get("direction")
-    if direction not in FINGERS: raise ActionError(f"there is no direction, not {direction!r}")
+    if str(direction) not in FINGERS: raise ActionError(f"a direction is up, down, left or right, not {direction!r}")
     return swipe(*FINGERS[direction])
 
 OURS = dict( # by `action_type`: the action, from what is said and the size of the screen

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'LAST', 'ENDS', 'HARDLY', 'Step', 'step', 'Imported', 'ending', 'rows_of', 'Read', 'read_episode',
-           'notes', 'convert', 'advice']
+           'notes', 'members', 'convert', 'advice']
 
 # %% ../../nbs/exchange/53_importing.ipynb #53-002
 import json, re
@@ -174,7 +174,20 @@ def _report(out):
     counted = [asdict(Oddity(None, None, f"{n} steps: {what}", done)) for (what, done), n in counts.most_common()]
     return report | dict(oddities=counted + single)
 
-# %% ../../nbs/exchange/53_importing.ipynb #53-025
+# %% ../../nbs/exchange/53_importing.ipynb #53-026
+def members(
+    split:str, # FILE:NAME, e.g. "splits.json:train"
+) -> set[str]: # names of episodes
+    "A part of a split. Raises `DataError` where the file has none of that name."
+    file, _, name = split.rpartition(":")
+    parts = read_json(file or split)
+    found = parts.get(name) if isinstance(parts, dict) else None
+    if not file or not isinstance(found, list):
+        has = ", ".join(map(str, parts)) if isinstance(parts, dict) else "a list"
+        raise DataError(f"there is no split {split}: give FILE:NAME; the file has {has[:200]}")
+    return {str(n).removesuffix(".json") for n in found}
+
+# %% ../../nbs/exchange/53_importing.ipynb #53-028
 def _size(source): # bytes of a file, or of all files in a directory
     return sum(f.stat().st_size for f in source.rglob("*") if f.is_file()) if source.is_dir() else source.stat().st_size
 
@@ -184,21 +197,24 @@ def convert(
     source:str|Path, # file or directory
     out:str|Path, # directory to write; a conversion that was cut off is continued
     images:str|Path|None=None, # directory or zip archive of the pictures, where a source keeps them apart
-    limit:int|None=None, # only the first so many episodes of the source
+    limit:int|None=None, # only the first so many episodes
+    split:str|None=None, # only those of a part, FILE:NAME, see `members`
 ) -> dict: # counts, and `oddities`; also in report.json of `out`
     "Take over episodes. Raises `DataError` where the source is missing, damaged, or holds no whole episode."
     source, run = Path(source), Run(out)
     if not source.exists(): raise DataError(f"{source} does not exist")
-    settings = dict(kind=kind, source=source.name, bytes=_size(source), pictures=images is not None, limit=limit)
+    settings = dict(kind=kind, source=source.name, bytes=_size(source), pictures=images is not None, limit=limit, split=split and Path(split).name)
+    wanted = members(split) if split else None
     with run.stage("converted", settings) as stage:
         if not stage.done:
-            _convert_missing(islice(read(source, images), limit), run.path, kind, stage.save)
-            if not (run.path/"oddities").exists(): raise DataError(f"{source} holds no episodes")
+            episodes = (pair for pair in read(source, images) if wanted is None or pair[0] in wanted)
+            _convert_missing(islice(episodes, limit), run.path, kind, stage.save)
+            if not (run.path/"oddities").exists(): raise DataError(f"{source} holds no episodes{f' of {split}' if split else ''}")
             write_json(run.path/"report.json", report := _report(run.path))
             stage.counts |= {k: v for k, v in report.items() if k != "oddities"}
     return read_json(run.path/"report.json")
 
-# %% ../../nbs/exchange/53_importing.ipynb #53-034
+# %% ../../nbs/exchange/53_importing.ipynb #53-037
 HARDLY = .05 # share of failures below which there is hardly one
 
 def advice(

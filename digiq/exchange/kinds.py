@@ -10,13 +10,17 @@ from functools import partial
 from pathlib import Path
 
 from ..core import ConfigError
-from . import android_world, importing
+from . import aitw, aitz, android_control, android_world, gui_odyssey, importing
 from ..released import episodes as released
 
 # %% ../../nbs/exchange/59_kinds.ipynb #59-005
 # by kind: (source, images), yields pairs, the name of an episode and a function that returns it
 KINDS = {
+    "aitw": aitw.aitw,
+    "aitz": aitz.aitz,
+    "android-control": android_control.android_control,
     "android-world": android_world.read,
+    "gui-odyssey": gui_odyssey.gui_odyssey,
 }
 
 def convert(
@@ -25,13 +29,16 @@ def convert(
     out:str|Path, # directory to write; a conversion that was cut off is continued
     images:str|Path|None=None, # directory or zip archive of the pictures, where a source keeps them apart
     limit:int|None=None, # only the first so many episodes
+    split:str|None=None, # only those of a part, FILE:NAME, e.g. "splits.json:train"
     dtype:str="float32", # of f(s, a) and image features, which only released files have
     marked:bool=False, # keep AndroidWorld's screens on which the agent drew its choice
 ) -> str: # lines for a terminal
-    "Take over episodes of others, and say what was odd. Raises `DataError` where nothing can be taken over."
+    """Take over episodes of others, and say what was odd. Raises `DataError` where nothing can be taken over,
+    `ConfigError` where an option is not for this kind."""
     if marked and kind != "android-world": raise ConfigError(f"marked is for android-world, not for {kind}")
-    if kind == "released": report = released.convert(source, out, images, limit, dtype)
-    elif not marked: report = importing.convert(kind, KINDS[kind], source, out, images, limit)
-    else: report = importing.convert(f"{kind}, marked", partial(KINDS[kind], marked=True), source, out, images, limit)
-    advice = "" if kind == "released" else importing.advice(report)
-    return "\n".join(filter(None, (released.summary(report, out), advice)))
+    if dtype != "float32" and kind != "released": raise ConfigError(f"dtype is for released, not for {kind}")
+    if split and kind == "released": raise ConfigError("released files have no splits: leave out split")
+    if kind == "released": return released.summary(released.convert(source, out, images, limit, dtype), out)
+    name, read = (f"{kind}, marked", partial(KINDS[kind], marked=True)) if marked else (kind, KINDS[kind])
+    report = importing.convert(name, read, source, out, images, limit, split)
+    return "\n".join(filter(None, (released.summary(report, out), importing.advice(report))))
