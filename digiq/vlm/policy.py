@@ -7,7 +7,6 @@ __all__ = ['VLMPolicy', 'asked', 'harmless']
 
 # %% ../../nbs/vlm/26_policy.ipynb #26-002
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Sequence
 
@@ -16,10 +15,10 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..actions import ActionError, in_words, is_valid, parse, parse_decision, render
-from ..core import ConfigError, DataError, atomic, read_json, write_json
+from ..core import ConfigError, DataError, read_json, write_json
 from ..data import distinct
 from ..env import prompt
-from ..languages import Said, find_language
+from ..languages import find_language
 from ..method.policy import answer_log_prob
 from .representation import VLM, squash
 
@@ -68,7 +67,9 @@ def see(self:VLMPolicy,
 ) -> list[Image.Image]: # at the size at which the model sees them
     "LLaVA's picture is a square; other models see the whole screen, its longer edge `side` pixels."
     if self.vlm.packs: return [squash(s, self.vlm.side) for s in screens]
-    fitted = lambda s: s.convert("RGB").resize([max(round(n * self.vlm.side / max(s.size)), 1) for n in s.size], Image.Resampling.BOX)
+    def fitted(s):
+        size = [max(round(n * self.vlm.side / max(s.size)), 1) for n in s.size]
+        return s.convert("RGB").resize(size, Image.Resampling.BOX)
     return [fitted(s) for s in screens]
 
 # %% ../../nbs/vlm/26_policy.ipynb #26-013
@@ -99,7 +100,7 @@ def answer(self:VLMPolicy,
 def read(self:VLMPolicy,
     prompts:Sequence[str], # as `digiq.env.prompt` builds them
     pictures:Sequence[Image.Image], # from `see`, one a prompt
-): # the model's output for the prompts, with logits of the last token and its cache; and their mask, int64 [batch, length]
+): # the model's output, with logits of the last token and its cache; the prompts' mask, int64 [batch, length]
     "Read prompts and pictures, and remember them."
     texts = [self.vlm.text(self.question(p, self.size(s))) for p, s in zip(prompts, pictures)]
     inputs = self.vlm.processor(images=[[s] for s in pictures], text=texts, padding=True, return_tensors="pt")
@@ -115,7 +116,8 @@ def _copies(self:VLMPolicy, out, mask, which): # of what was read, a row each: n
 
 @patch
 def _further(self:VLMPolicy, ids, mask, cache): # logits of tokens behind a cache, [batch, length, vocabulary]
-    known, deltas = dict(attention_mask=mask, past_key_values=cache), getattr(self.model.base_model, "rope_deltas", None)
+    known = dict(attention_mask=mask, past_key_values=cache)
+    deltas = getattr(self.model.base_model, "rope_deltas", None)
     if deltas is not None: # Qwen's positions go on from where its picture left them
         known["position_ids"] = ((mask.cumsum(1) - 1)[:, -ids.shape[1]:] + deltas).expand(3, -1, -1)
     return self.model(input_ids=ids, use_cache=True, **known).logits
@@ -138,7 +140,7 @@ def sample(self:VLMPolicy,
     pictures:Sequence[Image.Image], # from `see`, one a prompt
     n:int=1, # answers a prompt
     temperature:float=1.0, # 0 is greedy (then n must be 1)
-) -> list[list[str]]: # n action strings a prompt, as `digiq.actions.render` writes them; what is no action as it was said
+) -> list[list[str]]: # n action strings a prompt, see `acted`
     "Answers to prompts."
     if temperature == 0 and n > 1:
         raise DataError("temperature 0 gives one answer a state: pass n=1 or a temperature above 0")
@@ -149,7 +151,7 @@ def sample(self:VLMPolicy,
 
 # %% ../../nbs/vlm/26_policy.ipynb #26-018
 @patch
-def _write(self:VLMPolicy, logits, mask, cache, temperature): # logits of first tokens [batch, 1, vocabulary]; tokens int64 [batch, answer], the end's from where an answer ends
+def _write(self:VLMPolicy, logits, mask, cache, temperature): # tokens int64 [batch, answer], after an answer its end
     written, ended = [], torch.zeros(len(logits), dtype=torch.bool, device=self.device)
     for _ in range(self.max_new_tokens):
         logits = logits[:, -1].float()
@@ -215,7 +217,7 @@ def says(self:VLMPolicy,
     return self.language.render(parse(action), size) if is_valid(action) else action
 
 @patch
-def _log_prob(self:VLMPolicy, first, mask, cache, said, between): # first: logits of the answers' first tokens [batch, 1, vocabulary]
+def _log_prob(self:VLMPolicy, first, mask, cache, said, between): # `first` predicts the answers' first tokens
     longest = max(map(len, said))
     filled = lambda value: torch.tensor([ids + [value] * (longest - len(ids)) for ids in said], device=self.device)
     labels = filled(-100)
@@ -232,7 +234,8 @@ def save(self:VLMPolicy,
 ):
     "Model, processor and language."
     self.vlm.save(path)
-    write_json(Path(path)/"policy.json", dict(language=self.name, side=self.vlm.side, max_new_tokens=self.max_new_tokens))
+    told = dict(language=self.name, side=self.vlm.side, max_new_tokens=self.max_new_tokens)
+    write_json(Path(path)/"policy.json", told)
 
 @patch(cls_method=True)
 def from_pretrained(cls:VLMPolicy,
@@ -242,6 +245,7 @@ def from_pretrained(cls:VLMPolicy,
 ) -> VLMPolicy:
     "Load a saved policy. Raises `DataError` where a directory holds a VLM that does not say how it acts."
     told = Path(path)/"policy.json"
-    if not told.exists(): raise DataError(f"{told} is missing: make VLMPolicy(VLM.load(...), language) and save it first")
+    if not told.exists():
+        raise DataError(f"{told} is missing: make VLMPolicy(VLM.load(...), language) and save it first")
     told = read_json(told)
     return cls(VLM.load(str(path), told["side"], dtype, device), told["language"], told["max_new_tokens"])
