@@ -79,7 +79,7 @@ CSS = """
 .dq .frame svg, .dq .screen svg { display: block; width: 100%; border-radius: 5px; border: 1px solid var(--line); }
 .dq .frame .head { display: flex; justify-content: space-between; font-size: 11px; color: var(--soft); }
 .dq .frame .did { font-size: 11px; height: 3.8em; overflow: hidden; margin-top: 3px; overflow-wrap: anywhere; line-height: 1.25; }
-.dq .win { color: #1a7fc4; font-weight: 700; }
+.dq .win { color: color-mix(in srgb, var(--accent) 75%, var(--fg)); font-weight: 700; }
 .dq table { border-collapse: collapse; width: 100%; font-size: 12px; font-variant-numeric: tabular-nums; }
 .dq th { position: sticky; top: 0; background: var(--card); text-align: right; padding: 0; white-space: nowrap; z-index: 1; } .dq th:first-child { text-align: left; }
 .dq th button { border: 0; background: none; padding: 4px 7px; font-size: 11.5px; font-weight: 600; } .dq th span.h { display: inline-block; padding: 5px 7px; font-weight: 600; }
@@ -372,7 +372,7 @@ FILM_JS = r"""
 const film = (steps, shots, size, choose, parts = -1) => {
   const H = tall(size);
   const frames = steps.map((s, k) => el("button", {class: "frame" + (k === parts ? " parts" : ""), "aria-label": `step ${s.step}: ${s.words || "end"}`, onclick: () => choose(k)},
-    el("div", {class: "head"}, el("span", {}, k === parts ? `${s.step} parts here` : s.step), s.reward > 0 ? el("span", {class: "win"}, `★ ${s.reward}`) : null),
+    el("div", {class: "head"}, el("span", {}, k === parts ? `${s.step}: they part` : s.step), s.reward > 0 ? el("span", {class: "win"}, `★ ${s.reward}`) : null),
     screen(shots[k], size, "screen", mark(s, H, "#e0218a"), caption(s, H)),
     el("div", {class: "did", title: s.error || s.words}, s.words || "end", s.error ? ` (${s.error})` : "")));
   const row = el("div", {class: "frames"}, ...frames);
@@ -451,7 +451,9 @@ class Recorded(Explorer):
     ):
         super().__init__(run, **traits)
         self.find_sets()
-        if self.sets and not traits.keys() & {"episode", "step"}: self.episode, self.step = self.run.opening(self.set)
+        if self.sets and not traits.keys() & {"episode", "step"}: self.attempt(self.begin)
+
+    def begin(self): self.episode, self.step = self.run.opening(self.set)
 
     def find_sets(self):
         self.sets = self.run.sets()

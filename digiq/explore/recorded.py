@@ -24,7 +24,7 @@ const plot = (steps, choose) => { // V and Q, each point below its screen
   const svg = el("svg", {width: C * steps.length, height: H, role: "img", "aria-label": "V and Q along the episode"});
   if (!all.length) return svg;
   const min = Math.min(...all, 0), max = Math.max(...all, .05), y = v => low - (low - top) * (v - min) / (max - min), x = k => C * (k + .5);
-  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)"}, fixed(v)));
+  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {class: "scale", x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)", stroke: "var(--bg)", "stroke-width": 3, "paint-order": "stroke"}, fixed(v)));
   for (const [key, colour, dash, name] of [["v", "var(--fg)", "", "V"], ["q", "var(--accent)", "6 4", "Q"]]) {
     const known = steps.map((s, k) => [k, s[key]]).filter(p => p[1] !== null);
     svg.append(el("polyline", {points: known.map(([k, v]) => `${x(k)},${y(v)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash}));
@@ -50,7 +50,7 @@ export default {render({model, el: root}) {
   const sets = el("select", {onchange: e => tell(model, "set", e.target.value)});
   const find = el("input", {
     type: "search",
-    placeholder: "number or words of the goal",
+    placeholder: "number or words",
     oninput: () => draw()
   });
   const won = options(el("select", {onchange: () => draw()}), ["all", "success", "failure"], "all");
@@ -141,6 +141,8 @@ TRAJECTORY_LIST = r"""
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-006-3
 TRAJECTORY_STRIP = r"""
+  const drawScale = () => box.querySelectorAll("text.scale").forEach(t => t.setAttribute("x", box.scrollLeft + 2));
+  box.addEventListener("scroll", drawScale);
   const drawEpisode = () => {
     if (!pick(list, model.get("episode")) && shown.some(r => r.episode === model.get("episode"))) draw();
   };
