@@ -91,7 +91,7 @@ CSS = """
 .dq .chips { display: flex; flex-wrap: wrap; gap: 5px; margin-top: 8px; } .dq .chip { border: 1px solid var(--line); border-radius: 12px; padding: 1px 9px 1px 6px; font-size: 12px; overflow-wrap: anywhere; cursor: default; }
 .dq .chip.on { outline: 2px solid var(--accent); }
 .dq .legend { display: flex; align-items: center; gap: 7px; margin-top: 8px; font-size: 11px; color: var(--soft); } .dq .legend i { flex: 1; height: 10px; border-radius: 5px; border: 1px solid var(--line); }
-.dq .screen { position: relative; user-select: none; } .dq .screen canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 5px; pointer-events: none; } .dq .screen svg.over { position: absolute; inset: 0; height: 100%; border-color: transparent; }
+.dq .screen { position: relative; user-select: none; } .dq .screen + .note, .dq .chips + .note { margin-top: 8px; } .dq .screen canvas { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 5px; pointer-events: none; } .dq .screen svg.over { position: absolute; inset: 0; height: 100%; border-color: transparent; }
 .dq .screen.live { touch-action: none; } .dq .screen.live svg { cursor: crosshair; }
 .dq .facts { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 8px 0 0; } .dq .facts div { display: flex; flex-direction: column; } .dq .facts b { font-size: 15px; font-variant-numeric: tabular-nums; font-weight: 600; }
 .dq .card { background: #fff; border-radius: 8px; padding: 10px; display: inline-block; max-width: 100%; } .dq .card img { max-width: 100%; display: block; }
@@ -100,7 +100,7 @@ CSS = """
 .dq .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; margin-top: 14px; }
 .dq text { font-family: inherit; }
 .dq .phone td:first-child { min-width: 118px; }
-@container (max-width: 900px) { .dq .phone { grid-template-columns: 230px minmax(0, 1fr); gap: 14px; } .dq td { padding: 3px 4px; } .dq th button { padding: 4px 3px; } }
+@container (max-width: 900px) { .dq .phone { grid-template-columns: 230px minmax(0, 1fr); gap: 14px; } .dq td { padding: 3px 4px; } .dq th button, .dq th span.h { padding: 4px; } }
 @container (max-width: 640px) { .dq .split, .dq .phone { grid-template-columns: 1fr; } .dq .screen { max-width: 300px; } }
 """
 
