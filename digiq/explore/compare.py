@@ -158,36 +158,15 @@ COMPARE_RATES = r"""
       el(
         "div",
         {class: "scroll", style: "max-height: 230px"},
-        el(
-          "table",
-          {},
-          el(
-            "thead",
-            {},
-            el(
-              "tr",
-              {},
-              ...[title, "A", "B", "episodes"].map(n => el("th", {scope: "col"}, el("span", {class: "h"}, n)))
-            )
-          ),
-          el(
-            "tbody",
-            {},
-            ...rows.map(x =>
-              el("tr", {}, el("td", {}, x.name), el("td", {}, x.a), el("td", {}, x.b), el("td", {}, x.n))
-            )
-          )
-        )
+        tableOf([title, "A", "B", "episodes"].map(headOf), rows.map(x => rowOf([x.name, x.a, x.b, x.n])))
       );
-    put(
-      rates,
-      ...(model.get("rates").length
-        ? [
-            table("success, % [95% interval]", model.get("rates")),
-            table("successes by task, where they differ most first", model.get("by_task"))
-          ]
-        : [])
-    );
+    const found = model.get("rates").length
+      ? [
+          table("success, % [95% interval]", model.get("rates")),
+          table("successes by task, where they differ most first", model.get("by_task"))
+        ]
+      : [];
+    put(rates, ...found);
   };
 """
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIAGNOSTICS', 'draw_episode', 'draw_values', 'film_of', 'draw_candidates_of', 'draw_field', 'roc', 'stored_scores',
-           'axes_of', 'draw_reliability', 'draw_roc', 'draw_advantages', 'draw_td_error', 'project', 'draw_map',
-           'draw_training', 'parting', 'draw_pair']
+           'axes_of', 'draw_reliability', 'draw_roc', 'draw_advantages', 'td_errors', 'draw_td_error', 'project',
+           'draw_map', 'draw_training', 'parting', 'draw_pair']
 
 # %% ../../nbs/explore/72_figures.ipynb #70b-003
 import textwrap
@@ -192,13 +192,22 @@ def draw_advantages(view) -> Image.Image:
     ax.axvline(0, color="#555555", lw=.8); ax.legend(frameon=False, fontsize=8)
     return small_picture(figure)
 
+# %% ../../nbs/explore/72_figures.ipynb #70b-018b
+def td_errors(
+    scores:pd.DataFrame, # a row per recorded action: episode, step, reward, terminated, q, v
+    gamma:float, # discount a step
+) -> pd.DataFrame: # the same with `td`; without steps after which nothing is known
+    "By how much each step surprised the critic."
+    s = scores.sort_values(["episode", "step"])
+    following, done = s.groupby("episode").shift(-1), s.terminated.astype(bool)
+    s = s.assign(td=s.reward + gamma*following.v.fillna(0)*~done - s.q)
+    return s[done | (following.step == s.step + 1)]
+
 # %% ../../nbs/explore/72_figures.ipynb #70b-018-2
 def draw_td_error(view) -> Image.Image:
     "r + gamma V(s') - Q(s, a) of recorded actions, by step: median and the middle half."
-    s = stored_scores(view); s = s[s.recorded].sort_values(["episode", "step"])
-    after = s.groupby("episode").v.shift(-1).fillna(0)
-    s = s.assign(td=s.reward + view.lab.preset.critic.gamma*after*~s.terminated.astype(bool) - s.q)
-    s = s[s.terminated.astype(bool) | (s.groupby("episode").step.shift(-1) == s.step + 1)]
+    s = stored_scores(view)
+    s = td_errors(s[s.recorded], view.lab.preset.critic.gamma)
     low, middle, high = (s.groupby("step").td.quantile(p) for p in (.25, .5, .75))
     figure, ax = axes_of("Where is the critic surprised?", "step", "r + γV(s′) − Q(s, a)")
     ax.fill_between(low.index, low, high, color="#0072B2", alpha=.25, lw=0, label="middle half")
@@ -271,7 +280,7 @@ def draw_pair(
             if k >= len(rows): ax.set_axis_off(); continue
             screen = view.screen(n, episode, k)
             show_screen(ax, screen); draw_action(ax, rows.action[k], screen.size)
-            ax.set_title(f"{k}{'  parts here' if k == at else ''}", fontsize=7,
+            ax.set_title(f"{k}{': they part' if k == at else ''}", fontsize=7,
                 color="#b00020" if k == at else "#555555")
             ax.set_xlabel("\n".join(textwrap.wrap(words(rows.action[k]) or "end", 19)[:3]), fontsize=6.5)
             if k == at: ax.spines[:].set(color="#b00020", linewidth=2.5)

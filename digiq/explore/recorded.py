@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLOT_JS', 'TRAJECTORY_ORDERS', 'TRAJECTORY_LAYOUT', 'TRAJECTORY_LIST', 'TRAJECTORY_STRIP', 'TRAJECTORY_STEP',
-           'TRAJECTORY_KEYS', 'TRAJECTORY_EVENTS', 'TRAJECTORY_JS', 'ACTIONS_COLUMNS', 'ACTIONS_CONTROLS',
-           'ACTIONS_DRAW', 'ACTIONS_EVENTS', 'ACTIONS_JS', 'TrajectoryExplorer', 'ActionExplorer']
+           'TRAJECTORY_KEYS', 'TRAJECTORY_EVENTS', 'TRAJECTORY_JS', 'ACTIONS_COLUMNS', 'ACTIONS_LAYOUT', 'ACTIONS_JOIN',
+           'ACTIONS_SCREEN', 'ACTIONS_TABLE', 'ACTIONS_DRAW', 'ACTIONS_EVENTS', 'ACTIONS_JS', 'TrajectoryExplorer',
+           'ActionExplorer']
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-002
 import traitlets as T
@@ -23,7 +24,7 @@ const plot = (steps, choose) => { // V and Q, each point below its screen
   const svg = el("svg", {width: C * steps.length, height: H, role: "img", "aria-label": "V and Q along the episode"});
   if (!all.length) return svg;
   const min = Math.min(...all, 0), max = Math.max(...all, .05), y = v => low - (low - top) * (v - min) / (max - min), x = k => C * (k + .5);
-  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)"}, fixed(v)));
+  for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {class: "scale", x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)", stroke: "var(--bg)", "stroke-width": 3, "paint-order": "stroke"}, fixed(v)));
   for (const [key, colour, dash, name] of [["v", "var(--fg)", "", "V"], ["q", "var(--accent)", "6 4", "Q"]]) {
     const known = steps.map((s, k) => [k, s[key]]).filter(p => p[1] !== null);
     svg.append(el("polyline", {points: known.map(([k, v]) => `${x(k)},${y(v)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash}));
@@ -49,7 +50,7 @@ export default {render({model, el: root}) {
   const sets = el("select", {onchange: e => tell(model, "set", e.target.value)});
   const find = el("input", {
     type: "search",
-    placeholder: "number or words of the goal",
+    placeholder: "number or words",
     oninput: () => draw()
   });
   const won = options(el("select", {onchange: () => draw()}), ["all", "success", "failure"], "all");
@@ -140,6 +141,8 @@ TRAJECTORY_LIST = r"""
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-006-3
 TRAJECTORY_STRIP = r"""
+  const drawScale = () => box.querySelectorAll("text.scale").forEach(t => t.setAttribute("x", box.scrollLeft + 2));
+  box.addEventListener("scroll", drawScale);
   const drawEpisode = () => {
     if (!pick(list, model.get("episode")) && shown.some(r => r.episode === model.get("episode"))) draw();
   };
@@ -185,10 +188,7 @@ TRAJECTORY_STEP = r"""
       ["reward", s.reward],
       ["action", s.words || "end"]
     ];
-    put(
-      facts,
-      ...last.map(([name, value]) => el("div", {}, el("span", {class: "soft"}, name), el("b", {}, value)))
-    );
+    showFacts(facts, last);
     put(doubt, s.unknown);
   };
 """
@@ -296,161 +296,102 @@ const COLUMNS = [
 """
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-010-1
-ACTIONS_CONTROLS = r"""
+ACTIONS_LAYOUT = r"""
 export default {render({model, el: root}) {
   const {note, bar} = begin(root, "Action explorer", model);
-  const sets = el("select", {onchange: e => tell(model, "set", e.target.value)});
-  const go = key =>
-    el("input", {
-      type: "number",
-      min: 0,
-      onchange: e => tell(model, key, Math.max(0, Math.round(+e.target.value) || 0))
-    });
-  const episode = go("episode");
-  const step = go("step");
-  const by = d =>
-    el(
-      "button",
-      {
-        "aria-label": d < 0 ? "previous step" : "next step",
-        onclick: () => tell(model, "step", Math.max(0, model.get("step") + d))
-      },
-      d < 0 ? "◀" : "▶"
-    );
-  bar.append(
-    labelled("Episodes of", sets),
-    labelled("Episode", episode),
-    labelled("Step", step),
-    by(-1),
-    by(1)
-  );
-"""
-
-# %% ../../nbs/explore/74_recorded.ipynb #70d-010-2
-ACTIONS_DRAW = r"""
+  placeControls(bar, model);
   const goal = el("div", {class: "goal"});
   const left = el("div");
   const table = el("div", {class: "scroll"});
   root.append(bar, note, goal, el("div", {class: "phone"}, left, table));
   let sort = ["advantage", -1];
+"""
+
+# %% ../../nbs/explore/74_recorded.ipynb #70d-010-2
+ACTIONS_JOIN = r"""
   let parts = new Map();
   const light = (i, on) => parts.get(i)?.forEach(n => n.classList.toggle("on", on));
+  const drawSelected = () => parts.forEach((_, i) => light(i, i === model.get("selected")));
+  const join = (i, node) => {
+    parts.get(i).push(node);
+    const on = () => light(i, true);
+    const off = () => light(i, model.get("selected") === i);
+    for (const kind of ["mouseenter", "focus"]) node.addEventListener(kind, on);
+    for (const kind of ["mouseleave", "blur"]) node.addEventListener(kind, off);
+    node.addEventListener("click", () => tell(model, "selected", model.get("selected") === i ? -1 : i));
+    node.addEventListener("keydown", e => {
+      if (e.key === "Enter" || e.key === " ") {
+        e.preventDefault();
+        node.dispatchEvent(new MouseEvent("click"));
+      }
+    });
+    return node;
+  };
+"""
+
+# %% ../../nbs/explore/74_recorded.ipynb #70d-010-2b
+ACTIONS_SCREEN = r"""
+  const markOf = (s, r, i) => {
+    const m = mark(r, tall(s.size), diverging(r.advantage, s.scale));
+    m.append(el("title", {}, `${r.words}: advantage ${fixed(r.advantage)}`));
+    return join(i, m);
+  };
+  const drawScreen = s => {
+    const worstFirst = s.rows
+      .map((r, i) => [r, i])
+      .sort(([a], [b]) => (a.advantage ?? -9) - (b.advantage ?? -9));
+    const placed = ([r]) => ["tap", "swipe"].includes(r.kind);
+    const marks = worstFirst.filter(placed).map(([r, i]) => markOf(s, r, i));
+    const chips = worstFirst
+      .filter(x => !placed(x))
+      .reverse()
+      .map(([r, i]) => join(i, el("span", {class: "chip"}, dotOf(r, s.scale), r.words)));
+    const label = `screen with ${marks.length} candidate actions`;
+    put(
+      left,
+      el("div", {class: "screen"}, screen(s.shot, s.size, label, ...marks)),
+      chips.length ? el("div", {class: "chips"}, ...chips) : null,
+      legend(DIVERGING, `−${fixed(s.scale)}`, `+${fixed(s.scale)}`, "advantage", s.unknown)
+    );
+  };
+"""
+
+# %% ../../nbs/explore/74_recorded.ipynb #70d-010-2d
+ACTIONS_TABLE = r"""
+  const sortedRows = s => {
+    const [key, way] = sort;
+    const value = r => (key === "v" ? s.v : (r[key] ?? -1e9));
+    const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b);
+    return s.rows.map((r, i) => [r, i]).sort(([a], [b]) => way * compare(value(a), value(b)));
+  };
+  const columnOf = ([k, name]) => {
+    const [key, way] = sort;
+    const turn = () => {
+      sort = [k, k === key ? -way : k === "words" ? 1 : -1];
+      draw();
+    };
+    const order = k === key ? (way > 0 ? "ascending" : "descending") : "none";
+    const sign = {ascending: " ▲", descending: " ▼", none: ""}[order];
+    return el("th", {scope: "col", "aria-sort": order}, el("button", {onclick: turn}, name, sign));
+  };
+  const candidateRow = (s, r, i) => {
+    const what = [dotOf(r, s.scale), r.words, r.recorded ? el("span", {class: "soft"}, "  was done") : null];
+    const numbers = [r.q1, r.q2, s.v, r.advantage].map(x => fixed(x));
+    const cells = [what, r.count, ...numbers, fixed(r.log_prob, 2), r.chosen ? "★" : ""];
+    return join(i, rowOf(cells, {tabindex: 0, "data-candidate": i}));
+  };
+"""
+
+# %% ../../nbs/explore/74_recorded.ipynb #70d-010-2e
+ACTIONS_DRAW = r"""
   const draw = () => {
     const s = model.get("state");
     if (!s.rows) return;
-    const H = tall(s.size);
-    const most = s.scale;
-    const place = r => ["tap", "swipe"].includes(r.kind);
     parts = new Map(s.rows.map((_, i) => [i, []]));
-    const join = (i, node) => {
-      parts.get(i).push(node);
-      node.addEventListener("mouseenter", () => light(i, true));
-      node.addEventListener("mouseleave", () => light(i, model.get("selected") === i));
-      node.addEventListener("focus", () => light(i, true));
-      node.addEventListener("blur", () => light(i, model.get("selected") === i));
-      node.addEventListener("click", () => tell(model, "selected", model.get("selected") === i ? -1 : i));
-      node.addEventListener("keydown", e => {
-        if (e.key === "Enter" || e.key === " ") {
-          e.preventDefault();
-          node.dispatchEvent(new MouseEvent("click"));
-        }
-      });
-      return node;
-    };
-    const order = s.rows
-      .map((r, i) => [r, i])
-      .sort((a, b) => (a[0].advantage ?? -9) - (b[0].advantage ?? -9)); // the best on top
-    const marks = order
-      .filter(([r]) => place(r))
-      .map(([r, i]) => {
-        const m = mark(r, H, diverging(r.advantage, most));
-        m.append(el("title", {}, `${r.words}: advantage ${fixed(r.advantage)}`));
-        return join(i, m);
-      });
-    const chips = order
-      .filter(([r]) => !place(r))
-      .reverse()
-      .map(([r, i]) =>
-        join(
-          i,
-          el(
-            "span",
-            {class: "chip"},
-            el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}),
-            r.words
-          )
-        )
-      );
-    put(
-      left,
-      el(
-        "div",
-        {class: "screen"},
-        screen(s.shot, s.size, `screen with ${marks.length} candidate actions`, ...marks)
-      ),
-      chips.length ? el("div", {class: "chips"}, ...chips) : null,
-      legend(DIVERGING, `−${fixed(most)}`, `+${fixed(most)}`, "advantage", s.unknown)
-    );
-    put(
-      goal,
-      s.goal,
-      el(
-        "span",
-        {class: "soft"},
-        `   episode ${s.episode}, step ${s.step}, V ${fixed(s.v)}, ${s.rows.length} distinct candidates`
-      )
-    );
-    const [key, way] = sort;
-    const value = r => (key === "v" ? s.v : (r[key] ?? -1e9));
-    const rows = s.rows
-      .map((r, i) => [r, i])
-      .sort(
-        ([a], [b]) =>
-          way * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : value(a) - value(b))
-      );
-    const head = COLUMNS.map(([k, name]) =>
-      el(
-        "th",
-        {scope: "col", "aria-sort": k === key ? (way > 0 ? "ascending" : "descending") : "none"},
-        el(
-          "button",
-          {
-            onclick: () => {
-              sort = [k, k === key ? -way : k === "words" ? 1 : -1];
-              draw();
-            }
-          },
-          name,
-          k === key ? (way > 0 ? " ▲" : " ▼") : ""
-        )
-      )
-    );
-    const body = rows.map(([r, i]) =>
-      join(
-        i,
-        el(
-          "tr",
-          {tabindex: 0, "data-candidate": i},
-          el(
-            "td",
-            {},
-            el("span", {class: "dot", style: `background: ${diverging(r.advantage, most)}`}),
-            r.words,
-            r.recorded ? el("span", {class: "soft"}, "  was done") : null
-          ),
-          ...[
-            r.count,
-            fixed(r.q1),
-            fixed(r.q2),
-            fixed(s.v),
-            fixed(r.advantage),
-            fixed(r.log_prob, 2),
-            r.chosen ? "★" : ""
-          ].map(x => el("td", {}, x))
-        )
-      )
-    );
-    put(table, el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body)));
+    drawScreen(s);
+    const known = `   episode ${s.episode}, step ${s.step}, V ${fixed(s.v)}, ${s.rows.length} distinct candidates`;
+    put(goal, s.goal, el("span", {class: "soft"}, known));
+    put(table, tableOf(COLUMNS.map(columnOf), sortedRows(s).map(([r, i]) => candidateRow(s, r, i))));
     table.dataset.state = `${s.episode}/${s.step}`;
     drawSelected();
   };
@@ -458,22 +399,14 @@ ACTIONS_DRAW = r"""
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-010-3
 ACTIONS_EVENTS = r"""
-  const drawSelected = () => parts.forEach((_, i) => light(i, i === model.get("selected")));
-  const where = () => {
-    options(sets, model.get("sets"), model.get("set"));
-    episode.value = model.get("episode");
-    step.value = model.get("step");
-  };
-  for (const k of ["sets", "set", "episode", "step"]) model.on(`change:${k}`, where);
   model.on("change:state", draw);
   model.on("change:selected", drawSelected);
-  where();
   draw();
 }};
 """
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-010
-ACTIONS_JS = ACTIONS_COLUMNS + ACTIONS_CONTROLS + ACTIONS_DRAW + ACTIONS_EVENTS
+ACTIONS_JS = ACTIONS_COLUMNS + ACTIONS_LAYOUT + ACTIONS_JOIN + ACTIONS_SCREEN + ACTIONS_TABLE + ACTIONS_DRAW + ACTIONS_EVENTS
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-011
 class ActionExplorer(Recorded):

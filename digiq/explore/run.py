@@ -61,14 +61,21 @@ class RunView:
 
 # %% ../../nbs/explore/70_run.ipynb #70-009
 @patch
+def writing(self:RunView,
+    stage:str, # its name
+) -> bool:
+    "Whether a stage has begun and is not finished."
+    record = self.path/"stages"/f"{stage}.json"
+    return record.exists() and not read_json(record)["done"]
+
+@patch
 def lacks(self:RunView) -> dict[str, str]: # stage: what that means
     "Stages that are not finished."
     out = {}
     for name, meaning in MEANING.items():
-        record = self.path/"stages"/f"{name}.json"
-        begun = record.exists()
-        if not (begun and read_json(record)["done"]):
-            out[name] = f"{name} has not been run: {meaning}" if not begun else f"{name} is still being written: {'refresh to see more' if name == 'episodes' else meaning}"
+        if self.writing(name):
+            out[name] = f"{name} is still being written: {'refresh to see more' if name == 'episodes' else meaning}"
+        elif not (self.path/"stages"/f"{name}.json").exists(): out[name] = f"{name} has not been run: {meaning}"
     return out
 
 # %% ../../nbs/explore/70_run.ipynb #70-009-2
@@ -105,16 +112,22 @@ def sets(self:RunView) -> list[str]: # directories of the run
 def store(self:RunView,
     name:str, # of a set
 ) -> EpisodeStore:
-    "A set of episodes, as far as it is written. Raises `DigiqError` where there is none."
+    "A set of episodes, as far as it is written. Raises `DigiqError` where there is none, or it cannot be read."
     files = tuple(sorted((self.path/name).glob("*.parquet"))) if name.split("/")[0] in ("episodes", "demonstrations",
         "evaluations") else ()
     if not files:
         raise DigiqError(
             f"{self.path} has no set of episodes {name!r}: choose {', '.join(self.sets()) or 'nothing, it is empty'}")
     if self.opened.get(name, (None,))[0] != files:
-        found = EpisodeStore(self.path/name)
-        self.opened[name] = files, found, found.episodes(), {}
+        self.opened[name] = files, *self._read(name), {}
     return self.opened[name][1]
+
+@patch
+def _read(self:RunView, name):
+    try: return (found := EpisodeStore(self.path/name)), found.episodes()
+    except DataError as e:
+        if not self.writing(name): raise
+        raise DataError(f"{self.lacks()[name]} ({e})") from None
 
 # %% ../../nbs/explore/70_run.ipynb #70-011-3
 @patch
@@ -177,11 +190,12 @@ def teaches_most(
 def opening(self:RunView,
     name:str="episodes", # of a set
 ) -> tuple[int, int]: # episode and step
-    "What to show first: what teaches most, or a set's first state where no V of a success is stored."
+    """What to show first: what teaches most, or a set's first state where no V of a success is stored.
+
+    Raises `DigiqError` where the set cannot be read."""
     states = self._states() if name == "episodes" else None
     if states is not None and states.success.any(): return teaches_most(states)
-    try: return int(self.episodes(name).episode.iloc[0]), 0
-    except DataError: return 0, 0 # a run that is being written
+    return int(self.episodes(name).episode.iloc[0]), 0
 
 # %% ../../nbs/explore/70_run.ipynb #70-015
 @patch

@@ -200,7 +200,7 @@ def draw_frame(
     band:int, # pixels from top to bottom that there are for the screen
 ) -> Image.Image: # RGB, even width and height
     "One picture of a film."
-    row, last = rows.iloc[k], k == len(rows) - 1
+    row, end = rows.iloc[k], len(rows) - 1
     high = height(screen)
     top = HEAD + (band - high) // 2
     frame = Image.new("RGB", (WIDTH + 2 * EDGE, HEAD + band + FOOT), PAPER)
@@ -211,11 +211,12 @@ def draw_frame(
     write_lines(draw, (EDGE, 8, EDGE + WIDTH, HEAD), row.goal, 17, most=2)
     below = HEAD + band + 8
     won = bool((rows.reward >= 1).any())
-    text, colour = ("success" if won else "no success", Q_LINE if won else "#b00020") if last else (caption(row), INK)
-    draw.text((EDGE, below), f"{k}/{len(rows) - 1}", SOFT, font(15))
+    text, colour = ("success" if won else "no success", Q_LINE if won else "#b00020") if k == end else (caption(row), INK)
+    beside = EDGE + max(44, text_width(f"{end}/{end}", 15) + 10) # the widest number
+    draw.text((EDGE, below), f"{k}/{end}", SOFT, font(15))
     valued = np.isfinite(np.r_[q, v]).any()
     middle = EDGE + WIDTH - 150 if valued else EDGE + WIDTH
-    write_lines(draw, (EDGE + 44, below, middle, below + FOOT), text, 15, colour, 4)
+    write_lines(draw, (beside, below, middle, below + FOOT), text, 15, colour, 4)
     if valued: _draw_critic(draw, middle, below, q, v, k)
     return frame
 
