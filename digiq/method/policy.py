@@ -27,7 +27,7 @@ from ..actions import Action, complete, decision, impossible, is_valid, press, r
 from ..core import DataError, DigiqError, read_json
 from ..data import distinct
 from ..env import prompt
-from ..foreign import check_folder
+from ..foreign import check_folder, only_safetensors
 
 # %% ../../nbs/method/10_policy.ipynb #40-005
 class AutoUIConfig(T5Config):
@@ -86,7 +86,7 @@ class AutoUI(T5ForConditionalGeneration):
             kwargs["config"] = AutoUIConfig.from_pretrained(path)
             if "image_dim" not in read_json(folder/"config.json"):
                 kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
-        return super().from_pretrained(path, *args, **kwargs)
+        return super().from_pretrained(path, *args, **(only_safetensors(path) | kwargs))
 
 # %% ../../nbs/method/10_policy.ipynb #40-008b
 @patch
@@ -178,7 +178,7 @@ class ImageEncoder:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
         check_folder(path)
         if AutoConfig.from_pretrained(path).model_type == "blip-2": return PooledImages.from_pretrained(path, device)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **only_safetensors(path))
         return cls(model.model.vision_tower, AutoProcessor.from_pretrained(path).image_processor, device)
 
 # %% ../../nbs/method/10_policy.ipynb #40-019
@@ -251,7 +251,7 @@ def from_pretrained(cls:PooledImages,
     config, verbosity = Blip2Config.from_pretrained(path).vision_config, logging.get_verbosity()
     logging.set_verbosity_error() # all weights but the vision model's are left over
     prefix = {r"^vision_model\.": ""}
-    try: tower = Blip2VisionModel.from_pretrained(path, config=config, key_mapping=prefix, dtype=torch.float32)
+    try: tower = Blip2VisionModel.from_pretrained(path, config=config, key_mapping=prefix, dtype=torch.float32, **only_safetensors(path))
     finally: logging.set_verbosity(verbosity)
     return cls(tower, AutoImageProcessor.from_pretrained(path), device)
 
