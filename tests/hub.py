@@ -108,15 +108,21 @@ class Hub:
 
     def tree(self, request, kind, name, under):
         if not (repo := self.repo(request, kind, name)): return self.missing()
-        found = [self.entry(f, x) for f, x in sorted(repo["files"].items()) if f.startswith(f"{under}/" if under else "")]
-        return found or (self.missing("EntryNotFound") if under else [])
+        before = f"{under}/" if under else ""
+        inside = {f: x for f, x in sorted(repo["files"].items()) if f.startswith(before)}
+        if under and not inside: return self.missing("EntryNotFound")
+        folders = {f[:f.index("/", len(before))] for f in inside if "/" in f[len(before):]}
+        if "recursive=true" not in request.path.lower(): inside = {f: x for f, x in inside.items() if "/" not in f[len(before):]}
+        return [self.folder(f) for f in sorted(folders)] + [self.entry(f, x) for f, x in inside.items()]
+
+    def folder(self, path): return dict(type="directory", path=path, oid=sha1(path.encode()))
 
     def paths(self, request, kind, name):
         repo, asked = self.repo(request, kind, name), request.body.decode()
         if not repo: return self.missing()
         wanted = json.loads(asked)["paths"] if asked.startswith("{") else re.findall(r"paths=([^&]+)", unquote(asked))
         folders = {f.rpartition("/")[0] for f in repo["files"]}
-        return [self.entry(f, repo["files"][f]) for f in wanted if f in repo["files"]] + [dict(type="directory", path=f, oid=sha1(f.encode())) for f in wanted if f in folders]
+        return [self.entry(f, repo["files"][f]) for f in wanted if f in repo["files"]] + [self.folder(f) for f in wanted if f in folders]
 
     def resolve(self, request, kind, name, path):
         if not (repo := self.repo(request, "dataset" if kind else "model", name)): return self.missing()

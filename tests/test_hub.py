@@ -1,4 +1,6 @@
-"What a run has made goes to the Hub and comes back by its name: against a stand-in of the Hub on loopback, from processes of their own, as the address is read when a process starts."
+"""What a run has made goes to the Hub and comes back by its name, against a stand-in of the Hub on loopback.
+
+From a process of its own, since the Hub's address is read when a process starts."""
 import os, subprocess, sys
 from pathlib import Path
 
@@ -7,20 +9,30 @@ from hub import TOKEN, Hub
 from huggingface_hub import ModelCard
 from notebooks import root
 
-PUSH = """
-import sys, torch
+SCRIPT = """
+import os, shutil, sys
 from pathlib import Path
+import datasets, torch
 from PIL import Image
+from huggingface_hub import constants
 from digiq import actions as A
 from digiq.__main__ import main
 from digiq.core import DigiqError, Run, to_dict
 from digiq.data import EpisodeStore
 from digiq.method.critic import Critic, CriticConfig
-from digiq.runs import evaluation, load_preset
+from digiq.runs import evaluation, load_preset, open_run
 from digiq.runs.hub import push
-from digiq.vlm.representation import model_path
-import shutil
+from digiq.vlm.representation import VLM, model_path
 folder = Path(sys.argv[1])
+
+def what_is_said(wrong):
+    try: wrong()
+    except DigiqError as e: return print(e)
+    print("nothing")
+
+def behaviour(run, policy): return open_run(folder/run, load_preset("smoke", policy=policy)).base_policy()
+
+# a run, as its stages leave it
 run = Run(folder/"run")
 row = dict(task_id="1", goal="find a lamp", level=1, prompt="Goal: find a lamp", previous="", truncated=False, error="", seed=1)
 colours = "navy", "white", "green"
@@ -40,22 +52,9 @@ try: main(["push", str(run.path), "me/digiq"])
 except SystemExit: pass
 for what in ("critic", "vlm", "episodes"): print(push(run.path, f"me/{what}", what, private=what != "episodes"))
 print(push(run.path, "me/digiq"))
-"""
 
-LOAD = """
-import sys, torch
-from pathlib import Path
-import datasets
-import digiq.runs
-from digiq.core import DigiqError
-from digiq.data import EpisodeStore
-from digiq.method.critic import Critic
-from digiq.runs import load_preset, open_run
-from digiq.vlm.representation import VLM, model_path
-folder = Path(sys.argv[1])
-lab = open_run(folder/"new", load_preset("smoke", policy="me/digiq"))
-weights = lab.base_policy().model.state_dict()
-old = open_run(folder/"old", load_preset("smoke")).base_policy().model.state_dict()
+# back again
+weights, old = (behaviour(run, policy).model.state_dict() for run, policy in (("new", "me/digiq"), ("old", "tiny-autoui")))
 assert all(torch.equal(x, old[k]) for k, x in weights.items())
 critic = Critic.from_pretrained("me/critic")
 again = Critic.load(folder/"run"/"checkpoints"/"critic", None)
@@ -66,50 +65,46 @@ here, there = EpisodeStore(folder/"run"/"episodes"), EpisodeStore.from_hub("me/e
 assert here.episodes().equals(there.episodes()) and here.picture(1, 1) == there.picture(1, 1)
 steps = datasets.load_dataset("me/episodes", split="train")
 assert len(steps) == 4 and steps[3]["screen"].convert("RGB").getpixel((0, 0)) == (0, 128, 0) and steps[0]["goal"] == "find a lamp"
-for wrong in (lambda: open_run(folder/"a", load_preset("smoke", policy="me/nobody")).behaviour, lambda: Critic.from_pretrained("me/nobody"), lambda: EpisodeStore.from_hub("me/digiq"),
-              lambda: Critic.from_pretrained("me/digiq"), lambda: open_run(folder/"b", load_preset("smoke", policy="me/pickles")).behaviour):
-    try: wrong()
-    except DigiqError as e: print("SAID", e)
-    else: print("SAID nothing")
+
+# what goes wrong
+print("--")
+what_is_said(lambda: behaviour("a", "me/nobody"))
+what_is_said(lambda: Critic.from_pretrained("me/nobody"))
+what_is_said(lambda: EpisodeStore.from_hub("me/digiq"))
+what_is_said(lambda: Critic.from_pretrained("me/digiq"))
+what_is_said(lambda: behaviour("b", "me/pickles"))
+del os.environ["HF_TOKEN"]
+what_is_said(lambda: Critic.from_pretrained("me/private"))
+what_is_said(lambda: push(run.path, "me/again"))
+constants.ENDPOINT = "http://127.0.0.1:9" # where nobody listens
+what_is_said(lambda: behaviour("c", "me/other"))
+what_is_said(lambda: Critic.from_pretrained("me/other"))
+what_is_said(lambda: push(run.path, "me/digiq"))
 """
-
-ALONE = """
-import sys
-from pathlib import Path
-from digiq.core import DigiqError
-from digiq.method.critic import Critic
-from digiq.runs import load_preset, open_run
-from digiq.runs.hub import push
-folder = Path(sys.argv[1])
-for wrong in (lambda: open_run(folder/"c", load_preset("smoke", policy="me/other")).behaviour, lambda: Critic.from_pretrained("me/other"), lambda: push(folder/"run", "me/digiq")):
-    try: wrong()
-    except DigiqError as e: print("SAID", e)
-    else: print("SAID nothing")
-"""
-
-
-def run(code, folder, url, token=TOKEN):
-    "A process whose Hub is at an address."
-    keys = {"HF_TOKEN": token} if token else {}
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | keys | dict(HF_ENDPOINT=url, HF_HOME=str(folder/f"cache{len(token)}"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
-        PYTHONPATH=f"{root}", NO_PROXY="127.0.0.1")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    with Hub() as hub: yield hub, folder, run(PUSH, folder, hub.url)
+    with Hub() as hub:
+        model = {f.name: f.read_bytes() for f in (root/"digiq"/"models"/"tiny-autoui").iterdir() if f.suffix == ".json"}
+        hub.repos["model", "me/pickles"] = dict(private=False, files=model | {"pytorch_model.bin": b"a pickle"}, commit="0"*40)
+        hub.repos["model", "me/private"] = dict(private=True, files={}, commit="1"*40)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | dict(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(folder/"cache"), HF_HUB_DISABLE_XET="1",
+            HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONPATH=str(root), NO_PROXY="127.0.0.1")
+        done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert TOKEN not in done.stdout + done.stderr
+        addresses, _, said = done.stdout.partition("--\n")
+        yield hub, addresses.split(), said.splitlines()
 
 
 def test_push_sends_data_and_cards_and_nothing_else(pushed):
-    hub, folder, said = pushed
-    assert said.split() == [f"{hub.url}/me/digiq", f"{hub.url}/me/critic", f"{hub.url}/me/vlm", f"{hub.url}/datasets/me/episodes", f"{hub.url}/me/digiq"]
-    assert {name: repo["private"] for (_, name), repo in hub.repos.items()} == {"me/digiq": True, "me/critic": True, "me/vlm": True, "me/episodes": False}
-    names = {name for repo in hub.repos.values() for name in repo["files"]}
+    hub, addresses, _ = pushed
+    assert addresses == [f"{hub.url}/me/digiq", f"{hub.url}/me/critic", f"{hub.url}/me/vlm", f"{hub.url}/datasets/me/episodes", f"{hub.url}/me/digiq"]
+    private = {name: repo["private"] for (_, name), repo in hub.repos.items() if name not in ("me/pickles", "me/private")}
+    assert private == {"me/digiq": True, "me/critic": True, "me/vlm": True, "me/episodes": False}
+    names = {name for (_, repo), found in hub.repos.items() for name in found["files"] if repo != "me/pickles"}
     assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".parquet", ".txt", ".jinja", ".md"}
     assert "report.json" not in names
     assert [name.rpartition("/")[0] for name in hub.repos["dataset", "me/episodes"]["files"]].count("data") == 1
@@ -125,23 +120,13 @@ def test_card_has_rates_with_intervals(pushed):
     assert ModelCard(hub.repos["model", "me/critic"]["files"]["README.md"].decode()).data.eval_results[0].metric_value == .79
 
 
-def test_everything_comes_back_by_name(pushed):
-    hub, folder, _ = pushed
-    pickles = {k: v for k, v in hub.repos["model", "me/digiq"]["files"].items() if not k.endswith(".safetensors")}
-    hub.repos["model", "me/pickles"] = dict(private=False, files=pickles | {"pytorch_model.bin": b"a pickle"}, commit="0" * 40)
-    said = run(LOAD, folder, hub.url).splitlines()
-    nobody, critic, episodes, other, pickle = [line.removeprefix("SAID ") for line in said if line.startswith("SAID")]
-    assert nobody.startswith("the policy 'me/nobody' cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id")
-    assert "shows you no repository me/nobody: check the name" in critic
-    assert "me/digiq" in episodes and "no repository" in episodes
+def test_one_line_says_what_to_do(pushed):
+    hub, _, (nobody, critic, episodes, other, pickle, private, token, policy, offline, unsent) = pushed
+    choose = "cannot be loaded: give a built-in model's name, a directory written by save_pretrained, or a hub id"
+    assert nobody.startswith(f"the policy 'me/nobody' {choose}") and policy.startswith(f"the policy 'me/other' {choose}")
+    assert "shows you no repository me/nobody: check the name" in critic and "shows you no repository me/private" in private
+    assert "shows you no repository me/digiq" in episodes # it is one of a model
     assert other == "me/digiq holds no critic of digiq"
-    assert "the policy 'me/pickles' cannot be loaded" in pickle and "safetensors" in pickle
-
-
-def test_without_token_or_network(pushed):
-    hub, folder, _ = pushed
-    private, critic, push = run(ALONE, folder, hub.url, token="").splitlines()
-    assert "shows you no repository me/other" in critic and "run `hf auth login` with a token that may write, or set HF_TOKEN" in push
-    policy, critic, push = run(ALONE, folder, "http://127.0.0.1:9").splitlines()
-    assert "the policy 'me/other' cannot be loaded" in policy
-    assert "cannot be reached for me/other" in critic and "cannot be reached for me/digiq" in push
+    assert "the policy 'me/pickles' cannot be loaded" in pickle and ("GET", "/me/pickles/resolve/" + "0"*40 + "/pytorch_model.bin") not in hub.asked
+    assert "run `hf auth login` with a token that may write, or set HF_TOKEN" in token and ("model", "me/again") not in hub.repos
+    assert "cannot be reached for me/other" in offline and "cannot be reached for me/digiq" in unsent

@@ -27,7 +27,7 @@ from ..actions import Action, complete, decision, impossible, is_valid, press, r
 from ..core import DataError, DigiqError, read_json
 from ..data import distinct
 from ..env import prompt
-from ..foreign import check_folder, only_safetensors
+from ..foreign import check_folder, fetch
 
 # %% ../../nbs/method/10_policy.ipynb #40-005
 class AutoUIConfig(T5Config):
@@ -80,13 +80,13 @@ class AutoUI(T5ForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
         "As in `transformers`. Where the configuration lacks the width of image features, the weights tell it"
-        folder = Path(path)
+        folder = Path(path := fetch(path))
         check_folder(folder)
         if "config" not in kwargs and (folder/"config.json").exists():
             kwargs["config"] = AutoUIConfig.from_pretrained(path)
             if "image_dim" not in read_json(folder/"config.json"):
                 kwargs["config"].image_dim = image_width(folder, kwargs["config"].image_dim)
-        return super().from_pretrained(path, *args, **(only_safetensors(path) | kwargs))
+        return super().from_pretrained(path, *args, **kwargs)
 
 # %% ../../nbs/method/10_policy.ipynb #40-008b
 @patch
@@ -176,9 +176,9 @@ class ImageEncoder:
     ) -> "ImageEncoder":
         "The vision tower of a saved VLM; of a BLIP-2, its pooled output"
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-        check_folder(path)
+        check_folder(path := fetch(path))
         if AutoConfig.from_pretrained(path).model_type == "blip-2": return PooledImages.from_pretrained(path, device)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **only_safetensors(path))
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         return cls(model.model.vision_tower, AutoProcessor.from_pretrained(path).image_processor, device)
 
 # %% ../../nbs/method/10_policy.ipynb #40-019
@@ -251,7 +251,7 @@ def from_pretrained(cls:PooledImages,
     config, verbosity = Blip2Config.from_pretrained(path).vision_config, logging.get_verbosity()
     logging.set_verbosity_error() # all weights but the vision model's are left over
     prefix = {r"^vision_model\.": ""}
-    try: tower = Blip2VisionModel.from_pretrained(path, config=config, key_mapping=prefix, dtype=torch.float32, **only_safetensors(path))
+    try: tower = Blip2VisionModel.from_pretrained(path, config=config, key_mapping=prefix, dtype=torch.float32)
     finally: logging.set_verbosity(verbosity)
     return cls(tower, AutoImageProcessor.from_pretrained(path), device)
 
@@ -390,12 +390,13 @@ def save(self:Policy,
 
 @patch(cls_method=True)
 def from_pretrained(cls:Policy,
-    path:Path, # directory that `save` wrote, or one in Auto-UI's published layout
+    path:str|Path, # directory that `save` wrote, one in Auto-UI's published layout, or a hub name
     image_encoder:ImageEncoder=None, # pictures to features
     device:str="cpu", # where to run it
     **kwargs # `max_length`, `max_new_tokens`
 ) -> Policy:
-    "Load a saved policy in float32"
+    "Load a saved policy in float32. Raises `HubError` for a name that is neither a directory nor on the Hub."
+    path = fetch(path)
     model = AutoUI.from_pretrained(path, dtype=torch.float32).to(device).eval()
     return cls(model, load_tokenizer(path), image_encoder, **kwargs)
 

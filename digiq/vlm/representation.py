@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from .. import __file__ as package
 from ..actions import Action, in_words
 from ..core import ConfigError, DigiqError, atomic
-from ..foreign import check_folder, only_safetensors
+from ..foreign import check_folder, fetch
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-007
 @dataclass(frozen=True)
@@ -167,11 +167,10 @@ class VLM:
         device:str="cpu", # where to compute
     ) -> "VLM":
         "Read a model. Raises `DigiqError` where there is none, `ConfigError` where it reads pictures of another size."
-        path = model_path(name)
-        check_folder(path)
         try:
+            check_folder(path := fetch(model_path(name)))
             model, processor = AutoModelForImageTextToText.from_pretrained(path,
-                dtype=getattr(torch, dtype), **only_safetensors(path)), AutoProcessor.from_pretrained(path)
+                dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
         except OSError as e:
             raise DigiqError(
                 f"no VLM at {name!r}: give a built-in model's name, a directory written by save_pretrained, or a "
