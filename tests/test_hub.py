@@ -19,6 +19,7 @@ from digiq import actions as A
 from digiq.__main__ import main
 from digiq.core import DigiqError, Run, to_dict
 from digiq.data import EpisodeStore
+from digiq.foreign import fetch
 from digiq.method.critic import Critic, CriticConfig
 from digiq.runs import evaluation, load_preset, open_run
 from digiq.runs.hub import push
@@ -54,13 +55,21 @@ for what in ("critic", "vlm", "episodes"): print(push(run.path, f"me/{what}", wh
 print(push(run.path, "me/digiq"))
 
 # back again
-weights, old = (behaviour(run, policy).model.state_dict() for run, policy in (("new", "me/digiq"), ("old", "tiny-autoui")))
+lab = open_run(folder/"new", load_preset("smoke", policy="me/digiq"))
+weights, old = lab.behaviour.model.state_dict(), behaviour("old", "tiny-autoui").model.state_dict()
 assert all(torch.equal(x, old[k]) for k, x in weights.items())
 critic = Critic.from_pretrained("me/critic")
 again = Critic.load(folder/"run"/"checkpoints"/"critic", None)
 assert all(torch.equal(x, again.state_dict()[k]) for k, x in critic.state_dict().items())
 vlm, known = VLM.load("me/vlm", 160), VLM.load("tiny-vlm", 160)
 assert all(torch.equal(x, known.model.state_dict()[k]) for k, x in vlm.model.state_dict().items())
+critic.push_to_hub("me/critic-again")
+vlm.push_to_hub("me/vlm-again")
+lab.behaviour.push_to_hub("me/digiq-again")
+for kind in ("critic", "vlm", "digiq"):
+    files = [{f.name: f.read_bytes() for f in Path(fetch(f"me/{kind}{end}")).rglob("*") if f.name in ("model.safetensors", "config.json")} for end in ("", "-again")]
+    assert set(files[0]) == set(files[1]) == {"model.safetensors", "config.json"}
+    if kind == "critic": assert files[0] == files[1]
 here, there = EpisodeStore(folder/"run"/"episodes"), EpisodeStore.from_hub("me/episodes")
 assert here.episodes().equals(there.episodes()) and here.picture(1, 1) == there.picture(1, 1)
 steps = datasets.load_dataset("me/episodes", split="train")
@@ -102,8 +111,7 @@ def pushed(tmp_path_factory):
 def test_push_sends_data_and_cards_and_nothing_else(pushed):
     hub, addresses, _ = pushed
     assert addresses == [f"{hub.url}/me/digiq", f"{hub.url}/me/critic", f"{hub.url}/me/vlm", f"{hub.url}/datasets/me/episodes", f"{hub.url}/me/digiq"]
-    private = {name: repo["private"] for (_, name), repo in hub.repos.items() if name not in ("me/pickles", "me/private")}
-    assert private == {"me/digiq": True, "me/critic": True, "me/vlm": True, "me/episodes": False}
+    assert {name for (_, name), repo in hub.repos.items() if not repo["private"]} == {"me/episodes", "me/pickles"} # the one that was said to be public, and somebody else's
     names = {name for (_, repo), found in hub.repos.items() for name in found["files"] if repo != "me/pickles"}
     assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".parquet", ".txt", ".jinja", ".md"}
     assert "report.json" not in names

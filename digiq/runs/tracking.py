@@ -165,11 +165,10 @@ class Tracking:
 @contextmanager
 def spared(self:Tracking): # from what goes wrong in a tracker
     "A tracker that fails is not asked again by this process, and a warning says so."
-    if not self.name: return (yield)
     try: yield
     except Exception as e: # libraries of others raise what they like
         said = " ".join(str(e).split())[:200]
-        warnings.warn(f"{self.name} is no longer told of {self.path.name} ({type(e).__name__}: {said}); the run goes on, and its curves are in {self.path.name}/logs")
+        if self.name: warnings.warn(f"{self.name} is no longer told of {self.path.name} ({type(e).__name__}: {said}); the run goes on, and its curves are in {self.path.name}/logs")
         self.name, self.tracker = "", None
 
 # %% ../../nbs/runs/64a_tracking.ipynb #64a-021
@@ -242,13 +241,13 @@ def stage(self:Tracking,
 ):
     "Tell what a stage made when it is finished for the first time, and close the tracker's run in any case."
     record, done = self.path/"stages"/f"{name}.json", lambda: record.exists() and read_json(record)["done"]
-    before = not self.name or done()
+    before, outer, self.tracker = not self.name or done(), self.tracker, None
     try:
         yield
         if not before and done():
             with self.spared(): self._tell_result(name, read_json(record))
     finally:
-        tracker, self.tracker = self.tracker, None
+        tracker, self.tracker = self.tracker, outer
         if tracker:
             with self.spared(): tracker.finish()
 
