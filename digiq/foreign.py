@@ -144,15 +144,21 @@ def explained(
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
     try: yield
-    except HFValidationError: raise HubError(f"{repo_id!r} is no name of a repository: give it as user/name, or a directory that is there") from None
+    except HFValidationError:
+        raise HubError(f"{repo_id!r} is no name of a repository: give it as user/name, or a directory that is there") from None
     except RepositoryNotFoundError:
-        raise HubError(f"{constants.ENDPOINT} shows you no repository {repo_id}: check the name and, where it is private, who `hf auth whoami` says you are") from None
+        raise HubError(f"{constants.ENDPOINT} shows you no repository {repo_id}: check the name and, where it is private, "
+            "who `hf auth whoami` says you are") from None
     except HfHubHTTPError as e:
         status = e.response.status_code
-        if status in (401, 403): raise HubError(f"{constants.ENDPOINT} does not let you write {repo_id}: run `hf auth login` with a token that may write, or set HF_TOKEN") from None
-        raise HubError(f"{constants.ENDPOINT} answered {status} about {repo_id} ({reason(e.response.content)[:200]}): try again later") from None
+        if status in (401, 403):
+            raise HubError(f"{constants.ENDPOINT} does not let you write {repo_id}: run `hf auth login` with a token that "
+                "may write, or set HF_TOKEN") from None
+        said = reason(e.response.content)[:200]
+        raise HubError(f"{constants.ENDPOINT} answered {status} about {repo_id} ({said}): try again later") from None
     except (HTTPError, ConnectionError, FileNotFoundError) as e:
-        raise HubError(f"{constants.ENDPOINT} cannot be reached for {repo_id}, and it was not downloaded before: check the network, or give a directory in its place ({type(e).__name__})") from None
+        raise HubError(f"{constants.ENDPOINT} cannot be reached for {repo_id}, and it was not downloaded before: check the "
+            f"network, or give a directory in its place ({type(e).__name__})") from None
 
 # %% ../nbs/00a_foreign.ipynb #00a-213
 SAFE = "*.safetensors", "*.json", "*.parquet", "*.txt", "*.model", "*.jinja", "README.md" # data, and the text of a tokenizer
@@ -164,7 +170,8 @@ def fetch(
     if Path(name).is_dir(): return str(name)
     from huggingface_hub import snapshot_download
     with explained(str(name)):
-        return snapshot_download(str(name), allow_patterns=list(SAFE), ignore_patterns=["*/*.safetensors", "consolidated*", "*.parquet"])
+        return snapshot_download(str(name), allow_patterns=list(SAFE),
+            ignore_patterns=["*/*.safetensors", "consolidated*", "*.parquet"])
 
 # %% ../nbs/00a_foreign.ipynb #00a-014
 def rgb(

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import yaml
 from fastcore.basics import patch
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import snapshot_download
 
 from ..core import DataError, DigiqError, read_json, to_dict
 from ..data import EPISODE_COLUMNS, EpisodeStore
@@ -33,20 +34,26 @@ def results(
 ) -> list[EvalResult]: # none where nothing was measured
     "What a run knows about a model, as the Hub wants it."
     def result(kind, value, config=None, **more):
-        tasks = dict(dataset_type=f"digiq/{preset.task_set}", dataset_name=f"{preset.task_set}, held-out tasks", dataset_config=config, dataset_split=preset.evaluation.split)
-        return EvalResult("reinforcement-learning", **tasks, metric_type=kind, metric_value=round(value, 4), task_name="device control", metric_args=more or None)
+        tasks = dict(dataset_type=f"digiq/{preset.task_set}", dataset_name=f"{preset.task_set}, held-out tasks",
+            dataset_config=config, dataset_split=preset.evaluation.split)
+        return EvalResult("reinforcement-learning", **tasks, metric_type=kind, metric_value=round(value, 4),
+            task_name="device control", metric_args=more or None)
     def rate(r, config=None):
-        return result("success_rate", r["mean"], config, interval="Wilson, 95%", low=round(r["low"], 4), high=round(r["high"], 4), episodes=r["episodes"])
+        return result("success_rate", r["mean"], config, interval="Wilson, 95%",
+            low=round(r["low"], 4), high=round(r["high"], 4), episodes=r["episodes"])
     if what == "policy":
         found = metrics.get("success", {}).get(name)
         return [rate(found), *(rate(r, f"level {k}") for k, r in found["levels"].items())] if found else []
     found = metrics.get(dict(critic="critic", vlm="representation")[what], {})
-    return [result(k, found[k]) for k in ("pairwise", "argmax_optimal", "calibration_error", "auc_after") if k in found]
+    kinds = "pairwise", "argmax_optimal", "calibration_error", "auc_after"
+    return [result(k, found[k]) for k in kinds if k in found]
 
 # %% ../../nbs/runs/67a_hub.ipynb #67a-008
 WHAT = dict( # what is pushed: what it is, and how it is loaded
     policy=("A policy that operates a phone: goal, previous actions and screen in, an action in text out.",
-        'from digiq.method.policy import ImageEncoder, Policy\nfrom digiq.vlm.representation import model_path\n\nencoder = ImageEncoder.from_pretrained(model_path("{encoder}"))\npolicy = Policy.from_pretrained("{repo_id}", encoder)'),
+        'from digiq.method.policy import ImageEncoder, Policy\nfrom digiq.vlm.representation import model_path\n\n'
+        'encoder = ImageEncoder.from_pretrained(model_path("{encoder}"))\n'
+        'policy = Policy.from_pretrained("{repo_id}", encoder)'),
     critic=("A critic: Q of an action and V of a state on a phone, learned off-line by temporal differences.",
         'import digiq.runs\nfrom digiq.method.critic import Critic\n\ncritic = Critic.from_pretrained("{repo_id}")'),
     vlm=("A vision-language model that was taught which actions change the screen; its hidden state is f(s, a).",
@@ -63,7 +70,8 @@ def shared_settings(
     found["representation"]["model"] = _plain_name(preset.representation.model)
     found["critic"]["text_encoder"] = _plain_name(preset.critic.text_encoder)
     names = {k: _plain_name(found[k]) for k in ("task_set", "policy", "image_encoder")}
-    return names | {k: found[k] for k in ("horizon", "disturbance", "reference", "proposals", "representation", "critic", "extraction", "actor")}
+    shared = "horizon", "disturbance", "reference", "proposals", "representation", "critic", "extraction", "actor"
+    return names | {k: found[k] for k in shared}
 
 # %% ../../nbs/runs/67a_hub.ipynb #67a-011
 def model_card(
@@ -76,11 +84,14 @@ def model_card(
     "The page of a model."
     about, load = WHAT[what]
     load = load.format(repo_id=repo_id, encoder=_plain_name(preset.image_encoder), side=preset.representation.side)
-    data = ModelCardData(library_name="digiq", tags=["digiq", "reinforcement-learning", "device-control"], model_name=repo_id.rpartition("/")[2],
-        eval_results=results(what, name, metrics, preset) or None)
-    rates = {k: r for k, r in metrics.get("success", {}).items() if k in ("behaviour", name)} if what == "policy" else {}
+    data = ModelCardData(library_name="digiq", tags=["digiq", "reinforcement-learning", "device-control"],
+        model_name=repo_id.rpartition("/")[2], eval_results=results(what, name, metrics, preset) or None)
+    agents = ("behaviour", name) if what == "policy" else ()
+    rates = {k: r for k, r in metrics.get("success", {}).items() if k in agents}
     text = f"# {repo_id}\n\n{about}\n"
-    if rates: text += f"\n## Success on held-out tasks\n\nPer cent, with 95% intervals.\n\n{_table(evaluation.table(rates).reset_index())}\n"
+    if rates:
+        table = _table(evaluation.table(rates).reset_index())
+        text += f"\n## Success on held-out tasks\n\nPer cent, with 95% intervals.\n\n{table}\n"
     text += f"\n## Load\n\n```python\n{load}\n```\n"
     if metrics: text += f"\n## Made with\n\n```yaml\n{yaml.safe_dump(shared_settings(preset), sort_keys=False)}```\n"
     text += "\n## Limits\n\nWhat is said here holds for these tasks and phones. An agent that operates a phone can buy, send and delete: watch it on accounts that matter.\n"
@@ -120,7 +131,8 @@ def upload(
     with tempfile.TemporaryDirectory() as staged, explained(repo_id):
         (Path(staged)/inner).mkdir(exist_ok=True)
         for f in folder.resolve().rglob("*"):
-            if not f.is_file() or f.name.startswith(".") or f.name == "report.json": continue # a learning curve is no part of a model
+            # a learning curve is no part of a model
+            if not f.is_file() or f.name.startswith(".") or f.name == "report.json": continue
             link = Path(staged)/inner/f.relative_to(folder.resolve())
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(f)
@@ -185,7 +197,8 @@ def push(
     "Give a part of a run to others. Raises `DigiqError` where the run has no such part, or the Hub refuses."
     path, stages = from_nbs(run_dir), dict(policy=name, critic="critic", vlm="representation", episodes="episodes")
     if what not in stages: raise DigiqError(f"there is no {what!r} to push: choose one of {', '.join(stages)}")
-    folder, record = path/("" if what == "episodes" else "checkpoints")/stages[what], path/"stages"/f"{stages[what]}.json"
+    folder = path/("" if what == "episodes" else "checkpoints")/stages[what]
+    record = path/"stages"/f"{stages[what]}.json"
     if not record.exists() or not read_json(record)["done"] or not folder.is_dir():
         raise DigiqError(f"{path} has no finished stage {stages[what]}, so there is no {what} to push: run it first")
     if what == "episodes": return EpisodeStore(folder).push_to_hub(repo_id, private)

@@ -48,7 +48,8 @@ def settings_of_run(
     return dict(
         wandb=dict(name=f"{group}/{stage}", group=f"{group}-{key}", job_type=stage, id=name, resume="allow"),
         trackio=dict(name=name, group=f"{group}-{key}", resume="allow", embed=False),
-        mlflow=dict(run_name=f"{group}/{stage}", tags={"group": f"{group}-{key}"}, run_id=known or None)).get(tracker, {})
+        mlflow=dict(run_name=f"{group}/{stage}", tags={"group": f"{group}-{key}"}, run_id=known or None)
+    ).get(tracker, {})
 
 # %% ../../nbs/runs/64a_tracking.ipynb #64a-011
 def log_table(
@@ -99,7 +100,8 @@ def exhibits(
 ) -> tuple[dict, dict]: # tables and pictures by name
     "What a stage has made, small enough to look at."
     report, result = path/"checkpoints"/stage/"report.json", path/"results"/f"{stage}.json"
-    if stage == "proposals": return {"candidates": Proposals(path/stage).table()[["episode", "step", "actions"]].explode("actions")[:40]}, {}
+    if stage == "proposals":
+        return {"candidates": Proposals(path/stage).table()[["episode", "step", "actions"]].explode("actions")[:40]}, {}
     if stage == "scores": return _judged(path)
     if report.exists(): return {}, _curve(stage, read_json(report))
     if result.exists(): return _rows(read_json(result)), {}
@@ -110,7 +112,8 @@ def exhibits(
 def _played(folder): # episodes
     store = EpisodeStore(folder)
     ended = evaluation.outcomes(store)
-    levels = ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"), steps=("steps", "mean"))
+    levels = ended.groupby("level").agg(episodes=("success", "size"), successes=("success", "sum"),
+        steps=("steps", "mean"))
     shown = ended.sort_values("success", ascending=False, kind="stable").iloc[0]
     at = np.unique(np.linspace(0, shown.steps, 6).astype(int))
     if store.picture(shown.episode, 0) is None: return {"levels": levels.reset_index()}, {}
@@ -128,7 +131,8 @@ def _curve(stage, report):
     return {"curve": plots.draw_curves({stage: rows})} if rows and known else {}
 
 def _rows(found): # of a result, which is a list of rows, or a dictionary of numbers or of rows
-    if isinstance(found, dict): found = [{"name": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
+    if isinstance(found, dict):
+        found = [{"name": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
     table = pd.DataFrame(found)[:40]
     return {"result": table} if len(table) else {}
 
@@ -139,7 +143,7 @@ def _judged(path, n=5): # candidates on screens that differ in what the critic t
     goals = store.episodes().set_index(["episode", "step"]).goal
     chosen = sorted(groups, key=lambda g: g.q.min() - g.q.max())[:n]
     if not chosen or store.picture(*map(int, chosen[0][["episode", "step"]].iloc[0])) is None: return {"scores": table}, {}
-    figure = plots.new_figure(1.75*len(chosen), 5)
+    figure = plots.new_figure(2*len(chosen), 5)
     for ax, g in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen):
         where = g.episode.iloc[0], g.step.iloc[0]
         plots.draw_candidates(ax, store.screen(*where), goals[where], g.action.tolist(), g.q.to_numpy(), g.v.iloc[0])
@@ -168,7 +172,8 @@ def spared(self:Tracking): # from what goes wrong in a tracker
     try: yield
     except Exception as e: # libraries of others raise what they like
         said = " ".join(str(e).split())[:200]
-        if self.name: warnings.warn(f"{self.name} is no longer told of {self.path.name} ({type(e).__name__}: {said}); the run goes on, and its curves are in {self.path.name}/logs")
+        if self.name: warnings.warn(f"{self.name} is no longer told of {self.path.name} ({type(e).__name__}: {said}); "
+            f"the run goes on, and its curves are in {self.path.name}/logs")
         self.name, self.tracker = "", None
 
 # %% ../../nbs/runs/64a_tracking.ipynb #64a-021
