@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from ..foreign import check_folder
+from ..foreign import check_folder, fetch
 
 # %% ../../nbs/method/12_networks.ipynb #49-005
 class BagEncoder(nn.Module):
@@ -39,7 +39,7 @@ class PooledEncoder(nn.Module):
         source # path or hub name to load from; a `transformers` configuration for untrained weights of that shape
     ):
         super().__init__()
-        if isinstance(source, str): check_folder(source)
+        if isinstance(source, str): check_folder(source := fetch(source))
         make = AutoModel.from_pretrained if isinstance(source, str) else AutoModel.from_config
         self.model = make(source, dtype=torch.float32)
         self.config, self.dim = self.model.config, self.model.config.hidden_size

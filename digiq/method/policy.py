@@ -27,7 +27,7 @@ from ..actions import Action, complete, decision, impossible, is_valid, press, r
 from ..core import DataError, DigiqError, read_json
 from ..data import distinct
 from ..env import prompt
-from ..foreign import check_folder
+from ..foreign import check_folder, fetch
 
 # %% ../../nbs/method/10_policy.ipynb #40-005
 class AutoUIConfig(T5Config):
@@ -80,7 +80,7 @@ class AutoUI(T5ForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
         "As in `transformers`. Where the configuration lacks the width of image features, the weights tell it"
-        folder = Path(path)
+        folder = Path(path := fetch(path))
         check_folder(folder)
         if "config" not in kwargs and (folder/"config.json").exists():
             kwargs["config"] = AutoUIConfig.from_pretrained(path)
@@ -176,7 +176,7 @@ class ImageEncoder:
     ) -> "ImageEncoder":
         "The vision tower of a saved VLM; of a BLIP-2, its pooled output"
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-        check_folder(path)
+        check_folder(path := fetch(path))
         if AutoConfig.from_pretrained(path).model_type == "blip-2": return PooledImages.from_pretrained(path, device)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         return cls(model.model.vision_tower, AutoProcessor.from_pretrained(path).image_processor, device)
@@ -390,12 +390,13 @@ def save(self:Policy,
 
 @patch(cls_method=True)
 def from_pretrained(cls:Policy,
-    path:Path, # directory that `save` wrote, or one in Auto-UI's published layout
+    path:str|Path, # directory that `save` wrote, one in Auto-UI's published layout, or a hub name
     image_encoder:ImageEncoder=None, # pictures to features
     device:str="cpu", # where to run it
     **kwargs # `max_length`, `max_new_tokens`
 ) -> Policy:
-    "Load a saved policy in float32"
+    "Load a saved policy in float32. Raises `HubError` for a name that is neither a directory nor on the Hub."
+    path = fetch(path)
     model = AutoUI.from_pretrained(path, dtype=torch.float32).to(device).eval()
     return cls(model, load_tokenizer(path), image_encoder, **kwargs)
 

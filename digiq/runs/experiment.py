@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from .. import __version__, tasks
-from ..core import ConfigError, DataError, DigiqError, Log, Run, atomic, from_dict, read_json, read_log, threads, to_dict, write_json
+from ..core import ConfigError, DataError, DigiqError, Run, atomic, from_dict, read_json, read_log, threads, to_dict, write_json
 from ..data import Embeddings, EpisodeStore, Proposals
 from ..env import DeviceEnv
 from ..method import extraction, proposals, training
@@ -38,6 +38,7 @@ from ..play.rollout import Rollout
 from . import evaluation, plots
 from .presets import Preset, from_nbs, load_preset, overlay, override, parameter
 from .stages import CALLS, RULES, fingerprint, lineage, played_on
+from .tracking import TrackedLog, Tracking
 from ..vlm import finetuning
 from ..vlm.embedding import Embedder, Known, embed_run
 from ..vlm.hf import HFEmbedder
@@ -56,6 +57,7 @@ class Experiment(Run):
         try: super().__init__(path)
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
+        self.tracking = Tracking(self.path, preset.track, preset.device)
         transformers.utils.logging.disable_progress_bar() # of loading weights
 
     @property
@@ -64,8 +66,9 @@ class Experiment(Run):
     @contextmanager
     def stage(self, name, config):
         """As `Run.stage`, with the settings of everything that goes into the stage, and on the preset's number
-        of threads."""
-        with super().stage(name, dict(config, preset=self.settings(name))) as stage, threads(self.preset.threads):
+        of threads. The preset's tracker is told."""
+        config = dict(config, preset=self.settings(name))
+        with self.tracking.stage(name), super().stage(name, config) as stage, threads(self.preset.threads):
             yield stage
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-027
@@ -361,7 +364,8 @@ def log(self:Experiment,
 ) -> list: # logs/NAME.jsonl
     "A learning curve that can be read while it grows."
     # the first process writes
-    return [] if training.Accelerator(self.preset.device).process_index else Log(self.path/"logs"/f"{name}.jsonl")
+    if training.Accelerator(self.preset.device).process_index: return []
+    return TrackedLog(self.path/"logs"/f"{name}.jsonl", self.tracking)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-045-4
 @contextmanager

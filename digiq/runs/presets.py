@@ -84,6 +84,7 @@ class Preset:
     image_encoder:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     reference:bool=False # do what the published code does where it departs from the paper; see chapter 52
+    track:str="" # who is told of curves, tables and pictures: "tensorboard", "trackio", "wandb", "mlflow", ... (see chapter 64a); "" for nobody
     threads:int=2 # of torch in training; results depend on it in the last digits
     workers:int=2 # processes that play, propose and embed, on a CPU; 1 to stay in one process
     devices:DeviceSettings=DeviceSettings() # the phones: built-in ones, or Android over adb, and who judges there

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from .. import __file__ as package
 from ..actions import NO_POINT, Action, in_words
 from ..core import ConfigError, DigiqError, atomic
-from ..foreign import check_folder
+from ..foreign import check_folder, fetch
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-007
 @dataclass(frozen=True)
@@ -167,9 +167,8 @@ class VLM:
         device:str="cpu", # where to compute
     ) -> "VLM":
         "Read a model. Raises `DigiqError` where there is none, `ConfigError` where it reads pictures of another size."
-        path = model_path(name)
-        check_folder(path)
         try:
+            check_folder(path := fetch(model_path(name)))
             model, processor = AutoModelForImageTextToText.from_pretrained(path,
                 dtype=getattr(torch, dtype)), AutoProcessor.from_pretrained(path)
         except OSError as e:
