@@ -62,11 +62,10 @@ def plain_episode():
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-@pytest.mark.parametrize("thing", [Evil(os.system, "touch {}/ran"), Evil(eval, "open('{}/ran', 'w')"), Object(), Evil(getattr, os, "system"), Evil(__import__, "antigravity")],
+@pytest.mark.parametrize("thing", [Evil(os.system, "touch {}/ran"), Evil(eval, "open('{}/ran', 'w')"), Object(), Evil(getattr, "{}", "format"), Evil(__import__, "this")],
                          ids=["system", "eval", "object", "getattr", "import"])
 def test_hostile_pickles_are_refused_by_name(tmp_path, protocol, thing):
-    if isinstance(thing, Evil): thing = Evil(thing.how[0], *(a.format(tmp_path) if isinstance(a, str) else a for a in thing.how[1]))
-    if isinstance(thing, Evil) and thing.how[1][0] is os: thing = Evil(getattr, thing, "x")
+    if isinstance(thing, Evil): thing = Evil(thing.how[0], *(a.format(tmp_path) for a in thing.how[1]))
     for hidden in (thing, plain_episode() | dict(aux_data={"a": (thing,)}), [np.array([thing], object)]):
         with pytest.raises(DataError, match="refused") as error: android_world.load(packed(tmp_path/"a.pkl.gz", [hidden], protocol=protocol))
         assert "\n" not in str(error.value)
@@ -107,7 +106,7 @@ def test_answers_that_mean_nothing_are_kept_as_text(action):
 def test_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(android_world, "MOST", 1 << 20)
     (tmp_path/"a.pkl.gz").write_bytes(gzip.compress(bytes(3 << 20)))
-    with pytest.raises(DataError, match="when it is unpacked: it is refused"): android_world.load(tmp_path/"a.pkl.gz")
+    with pytest.raises(DataError, match="unpacked: it is refused"): android_world.load(tmp_path/"a.pkl.gz")
 
 
 def test_command_line(run, tmp_path, capsys):

@@ -96,7 +96,7 @@ def _unpack(path, plain):
         with gzip.open(path) as packed, open(plain, "wb") as out:
             while block := packed.read(1 << 20):
                 n += out.write(block)
-                if n > MOST: raise DataError(f"{path.name} has more than {MOST >> 30} GB when it is unpacked: it is refused")
+                if n > MOST: raise DataError(f"{path.name} has more than {MOST >> 30} GB unpacked: it is refused")
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise DataError(f"{path.name} is no gzip file, or a damaged one ({e}): fetch it again") from None
 
@@ -160,7 +160,8 @@ def _dictionary(text):
 # %% ../../nbs/exchange/57_android_world.ipynb #57-022
 KEYS = dict(navigate_back="back", navigate_home="home", keyboard_enter="enter")
 ENDS = dict(complete=complete, infeasible=impossible)
-SWIPES = dict(down=(0, .5, 1, .5), up=(1, .5, 0, .5), left=(.5, 0, .5, 1), right=(.5, 1, .5, 0)) # as `actuation.py` has them
+# as `actuation.py` of AndroidWorld has them
+SWIPES = dict(down=(0, .5, 1, .5), up=(1, .5, 0, .5), left=(.5, 0, .5, 1), right=(.5, 1, .5, 0))
 LACKING = "long_press", "double_tap", "open_app", "wait", "answer"
 
 def _word(action, name): return action[name] if type(action.get(name)) is str else ""
@@ -200,7 +201,8 @@ def make_action(
     if kind != "click": raise DigiqError("an action in another form")
     if action.get("x") is None: return tap(*_middle(box))
     try: return tap(float(action["y"])/size[1], float(action["x"])/size[0])
-    except (KeyError, TypeError, ValueError, OverflowError): raise DigiqError("the place of the tap is not in the file") from None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise DigiqError("the place of the tap is not in the file") from None
 
 # %% ../../nbs/exchange/57_android_world.ipynb #57-026
 DRAWN = "click", "long_press", "input_text", "scroll" # with an index

@@ -30,7 +30,7 @@ def open_store(
     path = Path(path)
     store = EpisodeStore(path/"episodes" if (path/"episodes").is_dir() else path)
     if not store.shards.found():
-        raise DataError(f"{path} holds no episodes: give a run that has some, or the directory with their .parquet files")
+        raise DataError(f"{path} holds no episodes: give a run that has some, or the directory of their shards")
     store.shards.paths()
     return store
 
@@ -70,7 +70,8 @@ def question(
 # %% ../../nbs/exchange/59a_export.ipynb #59a-015
 def _fault(row): # why a step makes no example
     if row.error: return "with a malformed action"
-    return "with a placeholder of pictures in a text" if any(p in row.goal + row.previous + row.action for p in PLACEHOLDERS) else ""
+    texts = row.goal + row.previous + row.action
+    return "with a placeholder of pictures in a text" if any(p in texts for p in PLACEHOLDERS) else ""
 
 def examples(
     store:EpisodeStore, # recorded episodes
@@ -112,7 +113,8 @@ def summary(
 ) -> str: # lines
     "What was exported, for a terminal."
     first = ", ".join(f"{n} {what}" for what, n in counts.items() if what != "left_out")
-    return "\n".join([f"{first}: {out}", *(f"left out: {n} steps {why}" for why, n in counts.get("left_out", {}).items())])
+    left = [f"left out: {n} steps {why}" for why, n in counts.get("left_out", {}).items()]
+    return "\n".join([f"{first}: {out}", *left])
 
 # %% ../../nbs/exchange/59a_export.ipynb #59a-021
 INFO = {"digiq": {

@@ -47,7 +47,7 @@ def _pixels(store, episode, step, size, counts):
     if counts["scaled"] and screen.size != size: screen = screen.resize(size, Image.Resampling.BOX)
     if screen.size == size: return np.asarray(screen)
     sizes = " and ".join("x".join(map(str, s)) for s in (screen.size, size))
-    raise DataError(f"the screens have different sizes, {sizes}: a Minari dataset has one, so name one to scale them to")
+    raise DataError(f"the screens have different sizes, {sizes}: name one to which all are scaled")
 
 def _buffer(store, episode, rows, size, counts):
     from minari.data_collector import EpisodeBuffer
@@ -66,7 +66,7 @@ def _parts(name): # namespace of a dataset's id
     from minari.dataset.minari_dataset import parse_dataset_id
     try: return parse_dataset_id(name)[0]
     except (ValueError, TypeError):
-        raise ConfigError(f"{name!r} is no name of a Minari dataset: it must be like digiq/webshop/behaviour-v0") from None
+        raise ConfigError(f"{name!r} is no name of a Minari dataset: it is like digiq/webshop/behaviour-v0") from None
 
 def _add_namespace(namespace):
     from minari.namespace import create_namespace, list_local_namespaces

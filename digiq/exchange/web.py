@@ -31,7 +31,8 @@ def drawn(
 def _step(store, folder, row):
     data = store.picture(row.episode, row.step)
     picture = save_picture(folder/"screens", row.episode, row.step, data) if data else ""
-    return drawn(row.action, row.error) | dict(picture=picture, reward=float(row.reward), error=row.error, action=row.action)
+    more = dict(picture=picture, reward=float(row.reward), error=row.error, action=row.action)
+    return drawn(row.action, row.error) | more
 
 def _episode(store, folder, number, rows):
     steps = [_step(store, folder, row) for row in rows.itertuples()]
