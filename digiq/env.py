@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['DeviceError', 'Unsupported', 'Device', 'check_point', 'check_key', 'perform', 'ScriptedDevice', 'check_device',
-           'Evaluator', 'ask_device', 'prompt', 'AnyText', 'DeviceEnv']
+           'Evaluator', 'ask_device', 'prompt', 'AnyText', 'SharedTexts', 'DeviceEnv']
 
 # %% ../nbs/03_env.ipynb #03-002
+import multiprocessing
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -14,9 +16,10 @@ import numpy as np
 from fastcore.basics import patch
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, Dict, Text
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
 from PIL import Image, ImageDraw, ImageFont
 
-from .actions import Action, ActionError, decision, parse
+from .actions import ENDS, Action, ActionError, decision, parse
 from .core import DigiqError, derive_seed
 
 # %% ../nbs/03_env.ipynb #03-006
@@ -33,9 +36,12 @@ class Device(Protocol):
     size:tuple[int, int] # width and height of a screenshot, pixels
     def screenshot(self) -> Image.Image: "The screen now, RGB, of `size`."
     def tap(self, x:float, y:float): "Touch a point, 0..1 from the left and from the top."
+    def long_press(self, x:float, y:float): "Touch a point and hold it."
     def swipe(self, x0:float, y0:float, x1:float, y1:float): "Drag from one point to another."
     def type_text(self, s:str): "Type into whatever has the focus."
     def press(self, key:str): 'Press "back", "home" or "enter".'
+    def wait(self): "Let a moment pass."
+    def open_app(self, name:str): "Open an app. Raises `Unsupported` where there is none of that name."
     def reset(self, task, seed:int): "Make ready for a task; the same seed gives the same start."
     def close(self): "Let go of it; may be called twice."
 
@@ -56,14 +62,19 @@ def check_key(
 # %% ../nbs/03_env.ipynb #03-011
 def perform(
     device:Device, # where
-    action:Action, # what; saying that a task is complete or impossible touches nothing
+    action:Action, # what; a line break at the end of what is typed is the enter key; saying that a task is over touches nothing
 ):
     "Do an action on a device."
     (y0, x0), (y1, x1) = action.touch, action.lift
     if action.is_tap: device.tap(x0, y0)
     elif action.is_swipe: device.swipe(x0, y0, x1, y1)
-    elif action.kind == "TYPE": device.type_text(action.text)
-    elif action.kind.startswith("PRESS_"): device.press(action.kind.removeprefix("PRESS_").lower())
+    elif action.kind == "LONG_PRESS": device.long_press(x0, y0)
+    elif action.kind == "TYPE":
+        device.type_text(action.text.removesuffix("\n"))
+        if action.text.endswith("\n"): device.press("enter")
+    elif action.kind == "OPEN_APP": device.open_app(action.text)
+    elif action.kind == "WAIT": device.wait()
+    elif action.kind not in ENDS: device.press(action.kind.removeprefix("PRESS_").lower())
 
 # %% ../nbs/03_env.ipynb #03-013
 class ScriptedDevice:
@@ -74,7 +85,8 @@ class ScriptedDevice:
     def reset(self, task, seed):
         self.start, self.text = derive_seed(seed) % 2, ""
         self.count = self.start
-    def tap(self, x, y):
+    def tap(self, x, y): self.long_press(x, y) # the counter does not tell them apart
+    def long_press(self, x, y):
         check_point(x, y)
         self.count += 1
     def swipe(self, x0, y0, x1, y1):
@@ -84,6 +96,10 @@ class ScriptedDevice:
     def press(self, key):
         check_key(key)
         self.count = {"back": self.count - 1, "home": self.start, "enter": self.count}[key]
+    def wait(self): pass
+    def open_app(self, name):
+        if name != "counter": raise Unsupported(f"there is no app {name!r}, only counter")
+        self.count = self.start
     def close(self): pass
 
 # %% ../nbs/03_env.ipynb #03-015
@@ -117,10 +133,14 @@ def check_device(
         device.swipe(x, y, 1 - x, 1 - y)
     for s in ["", "red lamp", "naïve 日本 🛒 \"'\\;&|$(x)`", "\n\t"]: device.type_text(s)
     for key in ("enter", "back", "home"): device.press(key)
+    device.long_press(.5, .5)
+    device.wait()
     assert device.screenshot().size == tuple(device.size), "the size must not change"
     _must_fail(device.tap, 1.5, .5)
     _must_fail(device.swipe, .5, .5, .5, -.1)
+    _must_fail(device.long_press, -.1, .5)
     _must_fail(device.press, "menu")
+    _must_fail(device.open_app, "an app that nobody has")
 
 # %% ../nbs/03_env.ipynb #03-019
 def _start(device, task, seed=7):
@@ -162,6 +182,28 @@ class AnyText(Text):
     "Any string of at most `max_length` characters; samples are of letters and digits."
     def contains(self, x): return isinstance(x, str) and len(x) <= self.max_length
 
+# %% ../nbs/03_env.ipynb #03-029b
+class SharedTexts(Sequence):
+    "Texts that other processes write, as they are now; `deepcopy` gives a tuple of strings."
+    def __init__(self,
+        memory, # `multiprocessing.Array` of C integers: for each text its length and room for its code points
+        n:int, # texts
+    ): self.rows = np.frombuffer(memory.get_obj(), np.intc).reshape(n, -1)
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return "".join(map(chr, self.rows[i, 1:1 + self.rows[i, 0]]))
+    def __setitem__(self, i, s): self.rows[i, :1 + len(s)] = [len(s), *map(ord, s)]
+    def __deepcopy__(self, memo): return tuple(self)
+
+# %% ../nbs/03_env.ipynb #03-029d
+@create_shared_memory.register(AnyText)
+def _share_texts(space, n=1, ctx=multiprocessing): return ctx.Array("i", n * (1 + space.max_length))
+
+@write_to_shared_memory.register(AnyText)
+def _write_text(space, index, value, memory): SharedTexts(memory, len(memory) // (1 + space.max_length))[index] = value
+
+@read_from_shared_memory.register(AnyText)
+def _read_texts(space, memory, n=1): return SharedTexts(memory, n)
+
 # %% ../nbs/03_env.ipynb #03-030
 class DeviceEnv(gym.Env):
     "A device with tasks, as a gymnasium environment."
@@ -170,7 +212,7 @@ class DeviceEnv(gym.Env):
     def __init__(self,
         device:Device, # where to act
         tasks:list, # what to ask for; each with `id`, `goal` and `level`
-        horizon:int=20, # steps after which an episode is cut off
+        horizon:int|None=20, # steps after which an episode is cut off; None where others see to that
         evaluator:Evaluator|None=None, # who gives the reward; the device itself where None
     ):
         if not tasks: raise DigiqError("an environment needs at least one task")
@@ -221,12 +263,12 @@ def step(self:DeviceEnv,
         perform(self.device, act)
     except (ActionError, Unsupported) as e: error = str(e)
     else:
-        self.previous, ends = decision(action), act.kind in ("STATUS_TASK_COMPLETE", "TASK_IMPOSSIBLE")
+        self.previous, ends = decision(action), act.kind in ENDS
     self.steps += 1
     observation = self._observe()
     reward = float(self.evaluator(self.task, before, self.screen, self.device))
     terminated = ends or reward >= 1
-    truncated = not terminated and self.steps >= self.horizon
+    truncated = not terminated and self.horizon is not None and self.steps >= self.horizon
     self.running = not (terminated or truncated)
     return observation, reward, terminated, truncated, self._info(error)
 

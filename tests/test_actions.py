@@ -3,16 +3,16 @@ import random
 
 from hypothesis import given, settings, strategies as st
 
-from digiq.actions import KINDS, Action, ActionError, complete, decision, impossible, is_valid, parse, press, render, swipe, tap, type_text
+from digiq.actions import KINDS, NEW_KINDS, Action, ActionError, complete, decision, impossible, is_valid, long_press, open_app, parse, press, render, swipe, tap, type_text, wait
 
 unit = st.floats(0, 1)
-plans = st.lists(st.sampled_from(KINDS), max_size=8).map(tuple)
+plans = st.lists(st.sampled_from(KINDS + NEW_KINDS), max_size=8).map(tuple)
 actions = st.one_of(
     st.builds(lambda y, x: tap(y, x), unit, unit),
     st.builds(swipe, unit, unit, unit, unit),
     st.builds(type_text, st.text()),
     st.builds(press, st.sampled_from(["back", "home", "enter"])),
-    st.builds(complete), st.builds(impossible),
+    st.builds(complete, st.text()), st.builds(impossible), st.builds(wait), st.builds(long_press, unit, unit), st.builds(open_app, st.text(min_size=1).filter(str.strip)),
     st.builds(lambda text, plan: Action("TYPE", text=text, plan=plan), st.text(alphabet='"\\,[]{}:; \n\té日🛒'), plans),
     st.builds(lambda y, x, plan: Action("DUAL_POINT", (y, x), (x, y), plan=plan), unit, unit, plans))
 
@@ -50,7 +50,7 @@ def mutate(text, rng, other):
 
 def test_mutations_raise_only_action_errors():
     rng = random.Random(0)
-    seeds = [render(a) for a in (tap(.5, .25), swipe(.8, .5, .2, .5), type_text('a "b" \\ [c], d'), press("back"), complete(),
+    seeds = [render(a) for a in (tap(.5, .25), swipe(.8, .5, .2, .5), type_text('a "b" \\ [c], d'), press("back"), complete(), long_press(.1, .2),
                                  Action("TYPE", text="lamp", plan=KINDS))]
     valid = 0
     for _ in range(100_000):

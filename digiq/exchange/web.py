@@ -10,7 +10,7 @@ import html, json
 from pathlib import Path
 
 from ..actions import ActionError, in_words, parse
-from ..core import DataError, progress
+from ..core import progress
 from ..data import EpisodeStore
 from .export import chosen, new_directory, save_picture
 

@@ -13,7 +13,7 @@ import anywidget
 import numpy as np
 import traitlets as T
 
-from ..actions import is_valid, parse
+from ..actions import NO_POINT, is_valid, parse
 from ..core import DigiqError
 from ..data import distinct
 from .run import RunView, words
@@ -26,10 +26,12 @@ def plain(
     out = dict(words=words(action), kind="malformed" if action else "end")
     if not is_valid(action): return out
     a = parse(action)
-    if a.is_tap or a.is_swipe:
-        return out | dict(kind="tap" if a.is_tap else "swipe", y=a.touch[0], x=a.touch[1], y1=a.lift[0], x1=a.lift[1])
+    if a.touch != NO_POINT:
+        return out | dict(kind="swipe" if a.is_swipe else "tap", y=a.touch[0], x=a.touch[1], y1=a.lift[0], x1=a.lift[1])
     if a.kind == "TYPE": return out | dict(kind="type", text=a.text)
-    return out | dict(kind="key", text=a.kind.removeprefix("PRESS_").lower()) if a.kind.startswith("PRESS_") else out | dict(kind="say", text="done" if a.kind == "STATUS_TASK_COMPLETE" else "impossible")
+    if a.kind.startswith("PRESS_"): return out | dict(kind="key", text=a.kind.removeprefix("PRESS_").lower())
+    said = {"STATUS_TASK_COMPLETE": a.text or "done", "TASK_IMPOSSIBLE": "impossible", "WAIT": "wait"}
+    return out | dict(kind="say", text=said.get(a.kind, f"open {a.text}"))
 
 def frames(
     pictures:list[bytes], # of an episode, a picture file a step

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import derive_seed
-from ..env import check_key, check_point
+from ..env import Unsupported, check_key, check_point
 from . import browser, ui # browser enters itself into APPS
-from .apps import APPS, Episode, find_app
+from .apps import APPS, ICONS, Episode, find_app
 from .world import Dynamics, normal
 from ..tasks import Task
 
@@ -195,6 +195,20 @@ def tap(self:SimPhone,
     self.touch(node.on if node else None)
 
 @patch
+def long_press(self:SimPhone,
+    x:float, # from the left, 0..1
+    y:float, # from the top, 0..1
+):
+    "Hold a point, which no app here has a use for. Raises `DeviceError` off the screen."
+    check_point(x, y)
+    self.touch(None)
+
+@patch
+def wait(self:SimPhone):
+    "A step of time."
+    self.touch(None)
+
+@patch
 def type_text(self:SimPhone,
     s:str, # what to type
 ):
@@ -220,6 +234,16 @@ def press(self:SimPhone,
     elif own.get("focus") and not app.busy(own):
         after = self.with_own(app.update(own, ("submit", own["focus"]), self.episode))
     self.passed(after)
+
+# %% ../../nbs/phone/35_device.ipynb #35-026-2
+@patch
+def open_app(self:SimPhone,
+    name:str, # as under its icon; case does not matter
+):
+    "Bring an app to the front, as it was left. Raises `Unsupported` for one that is not on the phone."
+    known = name.strip().lower()
+    if known not in ICONS: raise Unsupported(f"there is no app {name!r} on this phone: {', '.join(ICONS)}")
+    self.passed(self.with_app(known))
 
 # %% ../../nbs/phone/35_device.ipynb #12-013
 @patch

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LINKS', 'FAULTS', 'PROSE', 'NOISE', 'FAILED', 'MARK', 'PERMISSION', 'MOST_BYTES', 'MOST_WORDS', 'WAYS', 'ROTATIONS',
-           'DUMPS', 'ADB_KEYBOARD', 'PIECE', 'IME', 'CHROME', 'NOTE', 'explain', 'list_phones', 'find_devices',
-           'AdbSettings', 'OutOfTime', 'LimitedClient', 'Unreachable', 'AdbDevice', 'Refused', 'complaint',
-           'read_picture', 'read_rotation', 'is_blank', 'ask_phone']
+           'DUMPS', 'HOLD', 'OTHER_NAMES', 'ADB_KEYBOARD', 'PIECE', 'IME', 'CHROME', 'NOTE', 'explain', 'list_phones',
+           'find_devices', 'AdbSettings', 'OutOfTime', 'LimitedClient', 'Unreachable', 'AdbDevice', 'Refused',
+           'complaint', 'with_status', 'read_status', 'read_picture', 'read_rotation', 'is_blank', 'find_package',
+           'ask_phone']
 
 # %% ../../nbs/play/45_adb.ipynb #21-002
 import base64, io, json, math, re, shlex, socket, struct, subprocess, threading, time, zlib
@@ -72,6 +73,7 @@ class AdbSettings:
     pause:float=.1 # seconds between two looks
     still:float=1. # mean difference of two looks, 0..255, at which the screen is at rest
     swipe:int=300 # milliseconds that a swipe takes
+    wait:float=2. # seconds that an agent waits which chooses to
     scale:float=1. # of the screenshots; SimPhone's pictures are a quarter of a phone's
 
 # %% ../../nbs/play/45_adb.ipynb #21-010
@@ -219,6 +221,21 @@ def shell(self:AdbDevice,
         raise Refused(f"{self.serial}: {' '.join(words[:2])}: {why}")
     return out
 
+# %% ../../nbs/play/45_adb.ipynb #21-014b-2
+def with_status(
+    words:tuple[str, ...], # command and arguments
+) -> str:
+    "A line for the phone's shell that prints its exit status last."
+    return f"{shlex.join(words)}; echo {MARK}$?"
+
+def read_status(
+    mixed:str, # what such a line printed
+) -> tuple[str, str, int]: # output with errors in it, "" for errors, exit status
+    "Take the status out. Raises `ValueError` where there is none."
+    found = re.fullmatch(rf"(.*){MARK}(\d+)\n?(.*)", mixed.replace("\r\n", "\n"), re.DOTALL)
+    if not found: raise ValueError(f"no shell v2, which came with Android 7, and no exit status in {mixed[-100:]!r}")
+    return found[1] + found[3], "", int(found[2])
+
 # %% ../../nbs/play/45_adb.ipynb #21-014b-1
 @patch
 def _execute(self:AdbDevice, words): # output, errors, exit status
@@ -229,12 +246,8 @@ def _execute(self:AdbDevice, words): # output, errors, exit status
         except AdbError as e:
             if self.v2 or str(e) != "closed":
                 raise # `closed` is also a link that was cut; the first command, a look, may be given twice
-    line = f"{shlex.join(words)}; echo {MARK}$?"
-    mixed = self.adb.shell(line, timeout=self.cfg.limit, rstrip=False).replace("\r\n", "\n")
-    found = re.fullmatch(rf"(.*){MARK}(\d+)\n?(.*)", mixed, re.DOTALL)
-    if not found: raise AdbError(f"no shell v2, which came with Android 7, and no exit status in {mixed[-100:]!r}")
-    self.v2 = False
-    return found[1] + found[3], "", int(found[2])
+    said, self.v2 = read_status(self.adb.shell(with_status(words), timeout=self.cfg.limit, rstrip=False)), False
+    return said
 
 # %% ../../nbs/play/45_adb.ipynb #21-016
 MOST_BYTES, MOST_WORDS = 1 << 27, 1 << 16 # of a screenshot, and of what is said before it
@@ -383,6 +396,23 @@ def tap(self:AdbDevice,
     check_point(x, y)
     self.shell("input", "tap", *self._pixels(x, y))
 
+# %% ../../nbs/play/45_adb.ipynb #21-027-0
+HOLD = 1000 # milliseconds of a long press; Android wants half a second
+
+@patch
+def long_press(self:AdbDevice,
+    x:float, # from the left, 0..1
+    y:float, # from the top, 0..1
+):
+    "Touch a point and hold it, which Android knows as a swipe that goes nowhere."
+    check_point(x, y)
+    self.shell("input", "swipe", *self._pixels(x, y) * 2, str(HOLD))
+
+@patch
+def wait(self:AdbDevice):
+    "Let a moment pass."
+    time.sleep(self.cfg.wait)
+
 # %% ../../nbs/play/45_adb.ipynb #21-027-1
 @patch
 def swipe(self:AdbDevice,
@@ -403,6 +433,36 @@ def press(self:AdbDevice,
     "Press a key."
     check_key(key)
     self.shell("input", "keyevent", f"KEYCODE_{key.upper()}")
+
+# %% ../../nbs/play/45_adb.ipynb #21-027-4
+OTHER_NAMES = {"browser": "chrome", "play store": "vending", "phone": "dialer", "gmail": "gm", "google maps": "maps"}
+
+def find_package(
+    name:str, # of an app, as people call it; or its package
+    packages:list[str], # on the phone
+) -> list[str]: # those that fit best
+    "Packages of an app."
+    if name in packages: return [name]
+    name = name.strip().lower()
+    name = "".join(OTHER_NAMES.get(name, name).split())
+    parts = {p: p.lower().split(".")[1:] for p in packages}
+    fits = (lambda last: last[-1:] == [name], lambda last: name in last, lambda last: any(name in part for part in last))
+    return next((found for fit in fits if (found := [p for p in packages if name and fit(parts[p])])), [])
+
+# %% ../../nbs/play/45_adb.ipynb #21-027-6
+@patch
+def open_app(self:AdbDevice,
+    name:str, # as people call it, or its package
+):
+    "Start an app, or bring it to the front. Raises `Unsupported` where no app, or more than one, has the name."
+    with self._all_within(self.cfg.limit):
+        listed = self.shell("pm", "list", "packages", repeat=True).split()
+        found = find_package(name, [p.removeprefix("package:") for p in listed])
+        if len(found) != 1:
+            several = f": {', '.join(sorted(found)[:5])} would do, so name one of them" if found else ""
+            raise Unsupported(f"{self.serial}: {'which' if found else 'no'} app is {name!r}{several or ' on this phone'}")
+        try: self.shell("monkey", "-p", found[0], "-c", "android.intent.category.LAUNCHER", "1")
+        except Refused as e: raise Unsupported(f"{e}: so {name!r} cannot be opened") from None
 
 # %% ../../nbs/play/45_adb.ipynb #21-029
 ADB_KEYBOARD = "com.android.adbkeyboard/.AdbIME"

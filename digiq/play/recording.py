@@ -133,7 +133,7 @@ def draw_mark(
     except ActionError: return
     draw, (w, h), r = ImageDraw.Draw(screen), screen.size, screen.width // 17
     (y0, x0), (y1, x1) = ((y * h, x * w) for y, x in (a.touch, a.lift))
-    if a.is_tap:
+    if a.is_tap or a.kind == "LONG_PRESS":
         for radius, colour, line in ((r, "white", r // 2), (r - 2, MARK, max(3, r // 4))):
             draw.ellipse((x0 - radius, y0 - radius, x0 + radius, y0 + radius), outline=colour, width=line)
         draw.ellipse((x0 - 3, y0 - 3, x0 + 3, y0 + 3), MARK, "white")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from ..actions import Action, is_valid, parse
+from ..actions import ENDS, Action, is_valid, parse
 from ..core import DataError, Run, derive_seed, progress, seed_all
 from ..data import EpisodeStore
 from ..env import perform
@@ -219,7 +219,7 @@ def left_after(
     action:Action # to be tried on a copy on which nothing goes wrong
 ) -> int: # steps, at most `NEVER`, as after an action that gives up
     "Steps to the goal after an action"
-    if action.kind in ("STATUS_TASK_COMPLETE", "TASK_IMPOSSIBLE"): return NEVER
+    if action.kind in ENDS: return NEVER
     copy = phone.fork().reseed(None)
     perform(copy, action)
     return distance(copy, task, NEVER)

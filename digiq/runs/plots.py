@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from ..actions import in_words, is_valid, parse
+from ..actions import NO_POINT, in_words, is_valid, parse
 from . import evaluation
 from .stages import RULES
 
@@ -46,7 +46,7 @@ def draw_action(
     zorder:float=5, # higher ones lie on top
     ring:bool=False, # a black one around a tap, a black edge of a swipe: the best of several
 ):
-    "A tap as a dot, a swipe as an arrow; others leave no mark on the screen."
+    "A tap or a long press as a dot, a swipe as an arrow; others leave no mark on the screen."
     if not is_valid(action): return
     a, (w, h) = parse(action), size
     (y, x), (y1, x1) = a.touch, a.lift
@@ -54,7 +54,7 @@ def draw_action(
         ax.annotate("", (x1*w, y1*h), (x*w, y*h), zorder=zorder,
             arrowprops=dict(arrowstyle="simple,tail_width=.35,head_width=1", fc=colour,
             ec="black" if ring else "white", lw=2 if ring else .8, mutation_scale=14, shrinkA=0, shrinkB=0))
-    elif a.is_tap:
+    elif a.is_tap or a.kind == "LONG_PRESS":
         if ring: ax.scatter(x*w, y*h, s=190, color="white", edgecolors="black", linewidths=2, zorder=zorder)
         ax.scatter(x*w, y*h, s=110, facecolors="none", edgecolors="white", linewidths=4, zorder=zorder)
         ax.scatter(x*w, y*h, s=90, color=[colour], edgecolors="#222222", linewidths=.8, alpha=.85, zorder=zorder)
@@ -120,7 +120,7 @@ def draw_candidates(
     for rank, i in enumerate(np.argsort(-q)):
         a, gain = parse(actions[i]), f"{percent(q[i], v):+.0f}%".replace("-", "−")
         draw_action(ax, actions[i], screen.size, hues[i], 9 - rank*.01, ring=rank == 0)
-        if not (a.is_tap or a.is_swipe):
+        if a.touch == NO_POINT:
             said.append(f"{'○●'[rank == 0]} {textwrap.shorten(in_words(a), 24, placeholder='…')}  {gain}")
         elif rank < 3 and (spot := free_spot(a.touch[1]*w, a.touch[0]*h, (7 + 10*len(gain), 24), (w, h), boxes)):
             box = dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.88)

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from .. import __file__ as package
-from ..actions import Action, in_words
+from ..actions import NO_POINT, Action, in_words
 from ..core import ConfigError, DigiqError, atomic
 from ..foreign import check_folder
 
@@ -91,12 +91,12 @@ def mark(
     picture:Image.Image, # RGB, not changed
     action:Action, # what to draw
 ) -> Image.Image: # a marked copy; the picture itself where the action has no place
-    "Draw a tap as a ring and a dot, a swipe as an arrow."
-    if not (action.is_tap or action.is_swipe): return picture
+    "Draw a tap or a long press as a ring and a dot, a swipe as an arrow."
+    if action.touch == NO_POINT: return picture
     picture, r = picture.copy(), max(picture.size) / 20
     draw, scale = ImageDraw.Draw(picture), lambda p: np.array([p[1] * picture.width, p[0] * picture.height])
-    if action.is_tap: _ring(draw, scale(action.touch), r)
-    else: _arrow(draw, scale(action.touch), scale(action.lift), r)
+    if action.is_swipe: _arrow(draw, scale(action.touch), scale(action.lift), r)
+    else: _ring(draw, scale(action.touch), r)
     return picture
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-016
@@ -128,7 +128,7 @@ def question(
 ) -> str:
     "The question about an action: the only builder of it."
     if about == "effect": return plain(f"{in_words(action)}: does the screen change?")
-    if not action.is_tap: return "Which page is this?"
+    if action.touch == NO_POINT or action.is_swipe: return "Which page is this?"
     y, x = action.touch
     return f"What is under the mark at ({y:.2f}, {x:.2f})?"
 
