@@ -185,7 +185,8 @@ def example_class():
 
 
 def test_reads_what_other_libraries_write(tmp_path):
-    made = example_class()()
+    theirs = example_class()
+    made = theirs()
     made.features.feature["goal"].bytes_list.value.append("Find 日本".encode())
     made.features.feature["n"].int64_list.value.extend([0, -1, 2**62, 300])
     made.features.feature["yx"].float_list.value.extend([.25, -1.])
@@ -197,8 +198,7 @@ def test_reads_what_other_libraries_write(tmp_path):
     assert len(found) == 3 and found[1] == b""
     example = Example(found[0])
     assert (example.texts("goal"), example.numbers("n"), example.numbers("yx")) == (["Find 日本"], [0, -1, 2**62, 300], [.25, -1])
-    theirs = example_class().FromString(as_example(dict(goal="Find 日本", n=[0, -1, 2**62, 300], yx=[.25, -1.])))
-    assert theirs == made
+    assert theirs.FromString(as_example(dict(goal="Find 日本", n=[0, -1, 2**62, 300], yx=[.25, -1.]))) == made
 
 
 def mutated(data, draw):

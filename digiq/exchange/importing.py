@@ -171,7 +171,7 @@ def _report(out):
     if not report["kept"]:
         raise DataError(f"none of {report['episodes']} episodes is whole, the first because: {single[0]['what']}")
     counts = sum((Counter({(what, done): n for what, done, n in p["counts"]}) for p in parts), Counter())
-    counted = [asdict(Oddity(None, None, f"{n} steps: {what}", done)) for (what, done), n in counts.most_common()]
+    counted = [asdict(Oddity(None, None, f"{n} step{'s'*(n > 1)}: {what}", done)) for (what, done), n in counts.most_common()]
     return report | dict(oddities=counted + single)
 
 # %% ../../nbs/exchange/53_importing.ipynb #53-026
