@@ -68,7 +68,7 @@ def fit_values(self:Experiment,
     "Fitted Q evaluation of a policy at each temperature of evaluation."
     data, _ = self.evaluated(name)
     path, how = self.path/"values"/f"{name}.npy", dict(device=self.preset.device, seed=self.seed)
-    with self.stage(f"values/{name}", {}):
+    with self.stage(f"values/{name}", dict(temperatures=self.warmth)):
         if not path.exists():
             model, _ = ope.fit_values(data, self.preset.critic, self.tokenizer, history=self.log(f"values/{name}"),
                 training_state=self.training_state(f"values/{name}"), **how)
@@ -91,7 +91,7 @@ def estimate(self:Experiment,
         b = b[:, self.warmth.index(self.preset.collection.temperature)]
         rows = [_estimates(data, k, logp[:, self.warmth.index(t)], b, q, t, self.seed) for k, t in enumerate(self.preset.evaluation.temperatures)]
         return [dict(r, mass=float(m)) for some, m in zip(rows, mass) for r in some]
-    found = pd.DataFrame(self.result(f"estimates/{name}", make))
+    found = pd.DataFrame(self.result(f"estimates/{name}", make, dict(most=MOST)))
     self.update_metrics(estimates={name: {f"{t:g}": {r.estimate: dict(mean=r.mean_, low=r.low, high=r.high) for r in some.itertuples()}
         for t, some in found.rename(columns={"mean": "mean_"}).groupby("temperature")}})
     return found
