@@ -244,7 +244,8 @@ def rank_agreement(
     best:int=3 # of how many the chosen one is to be
 ) -> dict: # mean, low, high of the rank correlation; hit: whether the chosen one is among the best; regret: of it, in success
     "How good a guide an estimate is"
-    r, n, chosen = float(stats.spearmanr(estimate, truth)[0]), len(truth), int(np.argmax(estimate))
+    n, chosen, varied = len(truth), int(np.argmax(estimate)), np.ptp(estimate)*np.ptp(truth) > 0
+    r = float(stats.spearmanr(estimate, truth)[0]) if varied else 0. # no order in equals
     half = 1.96*((1 + r*r/2)/(n - 3))**.5
     low, high = np.tanh(np.arctanh(np.clip(r, -.999999, .999999)) + half*np.array([-1, 1]))
     better = int((truth > truth[chosen]).sum())
