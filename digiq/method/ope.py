@@ -83,8 +83,8 @@ def interval(
     "An estimate with its 95% bootstrap interval over episodes"
     again = lambda rows: estimate(*(a[rows] for a in arrays))
     rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
-    found = stats.bootstrap((np.arange(len(arrays[0])),), again, n_resamples=draws, vectorized=False, method="percentile",
-        rng=rng).confidence_interval
+    found = stats.bootstrap((np.arange(len(arrays[0])),), again, n_resamples=draws, vectorized=False,
+        method="percentile", rng=rng).confidence_interval
     return dict(mean=again(slice(None)), low=float(found.low), high=float(found.high))
 
 # %% ../../nbs/method/17_ope.ipynb #54-021
@@ -197,8 +197,9 @@ def fit_values(
     gamma:float=1., # discount a step
     **how # as for `digiq.method.training.fit_critic`
 ) -> tuple[Evaluator, list[dict]]: # in evaluation mode, and learning curves
-    "Fitted Q evaluation of all policies at once, in a quarter of the critic's minibatches"
-    cfg = replace(cfg, heads=data.pi.shape[1], steps=max(1, cfg.steps//4), gamma=gamma, target="td", v_action="recorded", dueling=False,
+    "Fitted Q evaluation of all policies at once, by a quarter of the critic's width and minibatches"
+    cfg = replace(cfg, heads=data.pi.shape[1], gamma=gamma, steps=max(1, cfg.steps//4),
+        q_hidden=tuple(max(1, n//4) for n in cfg.q_hidden), target="td", v_action="recorded", dueling=False,
         weight_offset=0., state_dropout=0., reference=False)
     return fit_critic(data, cfg, tokenizer, make=Evaluator, **how)
 

@@ -42,7 +42,8 @@ def log_probs(self:Experiment,
     return np.load(path)
 
 def _log_probs(lab, policy): # the same action on the same screen for the same prompt is asked for once
-    data, screens, store, prompts = lab.transitions, Embeddings(lab.path/"screens"), EpisodeStore(lab.path/"episodes"), lab.prompts()
+    data, screens, store = lab.transitions, Embeddings(lab.path/"screens"), EpisodeStore(lab.path/"episodes")
+    prompts = lab.prompts()
     shown = [store.digest(e, s) for e, s in zip(data.episode, data.step)]
     new, which = distinct([(prompts[t], shown[t], a) for t, a in zip(data.pair_step, data.pair_action)])
     at = np.unique(which, return_index=True)[1] # the pair of each
@@ -57,7 +58,8 @@ def evaluated(self:Experiment,
 ) -> tuple[ope.Evaluated, np.ndarray]: # transitions with the policy's probabilities, and the mean mass of candidates at each temperature
     "A policy at the temperatures of evaluation, as a policy among candidates."
     data, logp = self.transitions, self.log_probs(name)
-    found = [ope.restricted(logp[:, self.warmth.index(t)], data.pair_step, t) for t in self.preset.evaluation.temperatures]
+    found = [ope.restricted(logp[:, self.warmth.index(t)], data.pair_step, t)
+        for t in self.preset.evaluation.temperatures]
     pi, mass = zip(*found)
     return ope.Evaluated(**vars(data), pi=np.stack(pi, 1)), np.mean(mass, 1)
 
@@ -72,7 +74,8 @@ def fit_values(self:Experiment,
         if not path.exists():
             model, _ = ope.fit_values(data, self.preset.critic, self.tokenizer, history=self.log(f"values/{name}"),
                 training_state=self.training_state(f"values/{name}"), **how)
-            with atomic(path) as p, open(p, "wb") as f: np.save(f, ope.pair_values(model, data, device=self.preset.device))
+            found = ope.pair_values(model, data, device=self.preset.device)
+            with atomic(path) as p, open(p, "wb") as f: np.save(f, found)
         self.training_state(f"values/{name}").unlink(missing_ok=True)
     self.note()
     return np.load(path)
@@ -89,11 +92,12 @@ def estimate(self:Experiment,
         q, logp, b = self.fit_values(name), self.log_probs(name), self.log_probs("behaviour")
         data, mass = self.evaluated(name)
         b = b[:, self.warmth.index(self.preset.collection.temperature)]
-        rows = [_estimates(data, k, logp[:, self.warmth.index(t)], b, q, t, self.seed) for k, t in enumerate(self.preset.evaluation.temperatures)]
+        rows = [_estimates(data, k, logp[:, self.warmth.index(t)], b, q, t, self.seed)
+            for k, t in enumerate(self.preset.evaluation.temperatures)]
         return [dict(r, mass=float(m)) for some, m in zip(rows, mass) for r in some]
     found = pd.DataFrame(self.result(f"estimates/{name}", make, dict(most=MOST)))
-    self.update_metrics(estimates={name: {f"{t:g}": {r.estimate: dict(mean=r.mean_, low=r.low, high=r.high) for r in some.itertuples()}
-        for t, some in found.rename(columns={"mean": "mean_"}).groupby("temperature")}})
+    self.update_metrics(estimates={name: {f"{t:g}": some.set_index("estimate")[["mean", "low", "high"]].T.to_dict()
+        for t, some in found.groupby("temperature")}})
     return found
 
 def _estimates(data, k, logp, b, q, temperature, seed):
@@ -129,10 +133,12 @@ def estimates(self:Experiment,
 ) -> pd.DataFrame: # a row per policy and temperature: estimates, mass, effective, and success by split where it was played
     "All estimates beside the truth."
     metrics, rows = self.metrics(), []
-    for name, t, some in [(name, t, some) for name in names for t, some in self.estimate(name).groupby("temperature")]:
+    pairs = [(name, *x) for name in names for x in self.estimate(name).groupby("temperature")]
+    for name, t, some in pairs:
         truth = {split: metrics[k][name].get(f"{t:g}") for split, k in TRUTH.items() if name in metrics.get(k, {})}
         first = some.iloc[0]
-        rows.append(dict(agent=name, temperature=t, **some.set_index("estimate")["mean"], mass=first.mass, effective=first.effective, **truth))
+        said = dict(some.set_index("estimate")["mean"], mass=first.mass, effective=first.effective)
+        rows.append(dict(agent=name, temperature=t, **said, **truth))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/67b_estimates.ipynb #67b-016b
