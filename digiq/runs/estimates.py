@@ -167,7 +167,7 @@ def draw_estimates(self:Experiment,
     for ax, e in zip(axes, KINDS):
         ax.plot([0, 1], [0, 1], color="#bbbbbb", lw=1)
         for name in names: _dots(ax, self.estimate(name).query("estimate == @e"), truth[name], name)
-        ax.set(title=e, xlabel=f"success on {split} tasks", xlim=(-.05, 1.05), ylim=(-.1, 1.1))
+        ax.set(title=e, xlabel=f"success on {split} tasks", xlim=(-.05, 1.05))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("estimate"); axes[0].legend(frameon=False, fontsize=8)
     return plots.small_picture(figure)
