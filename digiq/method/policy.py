@@ -346,20 +346,28 @@ def answer_log_prob(
 
 # %% ../../nbs/method/10_policy.ipynb #40-033
 @patch
+def answer_logits(self:Policy,
+    prompts:Sequence[str], # policy inputs
+    features, # float [batch, patches, dim] or [batch, dim]
+    actions:Sequence[str] # one action string a prompt
+) -> tuple[torch.Tensor, torch.Tensor]: # logits, float [batch, length, vocabulary], and tokens, -100 after the end, int64 [batch, length]
+    "What the network says of each token of given answers. Equal prompts are encoded once."
+    texts, which = distinct(prompts)
+    (ids, mask), which = self.encode_prompts(texts), torch.tensor(which, device=self.device)
+    labels = self.encode_answers(actions)
+    mixed = self.model.encode(ids, mask, torch.as_tensor(features, device=self.device), which)
+    before = self.model._shift_right(labels)
+    return self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=before).logits, labels
+
+@patch
 def log_prob(self:Policy,
     prompts:Sequence[str], # policy inputs
     features, # float [batch, patches, dim] or [batch, dim]
     actions:Sequence[str], # one action string a prompt
     between:tuple[float, float]=(0., 1.) # to which tokens' probabilities are clamped; published: (0.001, 0.99)
 ) -> torch.Tensor: # float32 [batch], log-probability of the whole string
-    "log pi(action | state), with gradients. Equal prompts are encoded once."
-    texts, which = distinct(prompts)
-    (ids, mask), which = self.encode_prompts(texts), torch.tensor(which, device=self.device)
-    labels = self.encode_answers(actions)
-    mixed = self.model.encode(ids, mask, torch.as_tensor(features, device=self.device), which)
-    before = self.model._shift_right(labels)
-    logits = self.model(encoder_outputs=mixed, attention_mask=mask[which], decoder_input_ids=before).logits
-    return answer_log_prob(logits, labels, between)
+    "log pi(action | state), with gradients"
+    return answer_log_prob(*self.answer_logits(prompts, features, actions), between)
 
 # %% ../../nbs/method/10_policy.ipynb #40-033b
 def load_tokenizer(

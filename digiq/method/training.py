@@ -401,12 +401,13 @@ def new_critic(
     tokenizer, # of the texts
     rng:np.random.Generator, # chooses what statistics are taken of
     device:str="cpu", # where to put it
-    encoder=None # see `Critic`
+    encoder=None, # see `Critic`
+    make:type=Critic # its class
 ) -> Critic: # in training mode
     "A critic that suits the data, untrained"
     texts = data.texts.tokens(tokenizer, cfg.pretrained_text).to(device)
     screen_dim, rep_dim = data.screen.shape[1], data.reps[np.zeros(1, int)].shape[1]
-    critic = Critic(cfg, texts, len(tokenizer), screen_dim, rep_dim, encoder).to(device)
+    critic = make(cfg, texts, len(tokenizer), screen_dim, rep_dim, encoder).to(device)
     some, pairs = rng.integers(len(data), size=4096), rng.integers(len(data.pair_rep), size=4096)
     if not cfg.reference:
         screens, rep = data.states(some, device)["screens"], data.actions(pairs, device)["rep"]
@@ -458,13 +459,14 @@ def fit_critic(
     log_every:int=50, # steps between rows of the history
     history:list=None, # where they are put, e.g. a `Log`; a new list where None
     training_state:Path=None, # file in which the state of the training is saved every `cfg.save_every` minibatches
-    encoder=None # see `Critic`
+    encoder=None, # see `Critic`
+    make:type=Critic # its class; `digiq.method.ope` has another one
 ) -> tuple[Critic, list[dict]]: # the critic in evaluation mode, and its learning curves
     "Train a critic by J_Q and J_V. Raises `DataError` where there is less than one minibatch of steps"
     accelerator = Accelerator(device)
     seed_all(seed, "critic")
     rng = np.random.default_rng(derive_seed(seed, "critic"))
-    new = lambda: new_critic(data, cfg, tokenizer, rng, accelerator.device, encoder)
+    new = lambda: new_critic(data, cfg, tokenizer, rng, accelerator.device, encoder, make)
     critic = new()
     target = (new() if cfg.reference else critic).target()
     train, held = _learnable(data, cfg, held_out, seed)

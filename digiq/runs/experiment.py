@@ -551,6 +551,12 @@ def score(self:Experiment) -> Scores:
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-057
 @patch
+def prompts(self:Experiment) -> list[str]: # one a step of `transitions`
+    "What policies read at the recorded states."
+    data, table = self.transitions, EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
+    return table.loc[list(zip(data.episode, data.step))].tolist()
+
+@patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
 ) -> dict: # last loss, and its history
@@ -560,10 +566,8 @@ def train_policy(self:Experiment,
     cfg = replace(self.preset.extraction, method=RULES[name] or self.preset.extraction.method)
     def make(path):
         data, scores, policy = self.transitions, self.score(), self.base_policy()
-        table = EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
-        prompts = table.loc[list(zip(data.episode, data.step))].tolist()
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, prompts, Embeddings(self.path/"screens"), scores, chosen,
+        history = training.fit_policy(policy, data, self.prompts(), Embeddings(self.path/"screens"), scores, chosen,
             replace(self.preset.actor, reference=self.preset.reference), self.seed, name, history=self.log(name),
             training_state=self.training_state(name))
         policy.save(path)
