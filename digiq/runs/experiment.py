@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from .. import __version__, tasks
+from ..cluster.nodes import Cluster
 from ..core import ConfigError, DataError, DigiqError, Log, Run, atomic, from_dict, read_json, read_log, threads, to_dict, write_json
 from ..data import Embeddings, EpisodeStore, Proposals
 from ..env import DeviceEnv
@@ -52,14 +53,21 @@ class Experiment(Run):
         path:str|Path, # the run directory
         preset:Preset, # all settings
         seed:int=0, # of everything random
+        cluster:str="none", # who plays, proposes and embeds: processes here, or nodes, see `digiq.cluster.nodes.connect`
     ):
         try: super().__init__(path)
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
+        self.cluster = None if cluster == "none" else Cluster(cluster, gpus=preset.device != "cpu")
         transformers.utils.logging.disable_progress_bar() # of loading weights
 
     @property
-    def workers(self): return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
+    def workers(self):
+        if self.cluster: return self.cluster
+        return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
+
+    def __getstate__(self): # what a node is sent: settings, and nothing that was loaded
+        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None)
 
     @contextmanager
     def stage(self, name, config):
@@ -85,10 +93,11 @@ def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
     seed:int=0, # of everything random
+    cluster:str="none", # or the address of a Ray cluster, see `digiq.cluster.nodes.connect`
 ) -> Experiment:
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset),
-        parameter(seed, int, "seed"))
+        parameter(seed, int, "seed"), parameter(cluster, str, "cluster"))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-030b
 def recorded_settings(
