@@ -46,10 +46,11 @@ def train(
         = ("critic", "filtered_bc", "digiq"),
     preset: Preset = "tiny",
     seed: Seed = 0,
+    cluster: Annotated[str, typer.Option(help="auto, ray://HOST:10001 or HOST:PORT: nodes of a Ray cluster evaluate each policy when it is trained")] = "none",
 ):
     "Train what a run lacks, by one process or several."
     from digiq.runs.experiment import train
-    train(preset, run_dir, seed, stages)
+    train(preset, run_dir, seed, stages, cluster)
 
 # %% ../nbs/91_command_line.ipynb #91-009
 @app.command()

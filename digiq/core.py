@@ -265,8 +265,9 @@ def update_metrics(self:Run,
 ) -> dict: # all metrics after the update
     "Add results."
     plain = json.loads(json.dumps(metrics)) # as they are once written: a number as a key becomes text
-    merged = _merge(self.metrics(), plain)
-    write_json(self.path/"metrics.json", merged)
+    with _lock(self.path/".metrics.lock", f"metrics.json of {self.path}"): # another process may have results, too
+        merged = _merge(self.metrics(), plain)
+        write_json(self.path/"metrics.json", merged)
     return merged
 
 # %% ../nbs/00_core.ipynb #00-038

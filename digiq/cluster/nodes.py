@@ -183,6 +183,12 @@ class Cluster:
     ): self.address, self.gpus, self.patience, self.ray = address, gpus, patience, connect(address)
     def __repr__(self): return f"Cluster({self.address!r})"
 
+    def needing(self,
+        gpus:float, # that a worker needs
+    ): # the same cluster
+        "For work that wants, or does not want, a GPU."
+        return Cluster(self.address, gpus, self.patience)
+
     def share(self,
         items:list, # what to work on, each by itself
         read, # (item): what its work needs; called here

@@ -1,0 +1,227 @@
+"A Ray cluster of several nodes on this machine, in a network of its own: whatever happens to nodes, the files are those of one process."
+import os, shutil, subprocess, sys, threading, time
+from pathlib import Path
+
+import pytest
+import standins
+
+from digiq.cluster.dispatch import Patience
+from digiq.cluster.phones import far_phones, serve
+from digiq.core import DigiqError, Run
+from digiq.play import rollout
+from digiq.play.fleet import FleetSettings, collect_fleet
+from digiq.play.rollout import Rollout
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"] # and nobody left behind
+INSIDE = "DIGIQ_TEST_NETWORK" in os.environ
+inside = pytest.mark.skipif(not INSIDE, reason="runs in a network of its own, see the last test")
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the inside")
+def test_in_a_network_of_its_own(tmp_path):
+    "All other tests of this file, where there is no address but loopback."
+    try: subprocess.run([*ALONE, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError): pytest.skip("this machine lends no network namespaces")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | dict(DIGIQ_TEST_NETWORK="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0",
+        RAY_gcs_rpc_server_reconnect_timeout_s="3")
+    script = 'ip link set lo up && mkdir "$1/small" && mount -t tmpfs -o size=64k none "$1/small" && exec "$2" -m pytest -q -n 0 -p no:cacheprovider --basetemp "$1/inside" "$3"'
+    done = subprocess.run([*ALONE, "sh", "-c", script, "sh", str(tmp_path), sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" in done.stdout.splitlines()[-1]
+
+
+def settings(k):
+    "Of the k-th node. Ports that are given need not be waited for."
+    names = "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port"
+    return dict(node_ip_address="127.0.0.1", object_store_memory=100 << 20, **{name: 20_000 + 4*k + i for i, name in enumerate(names)})
+
+
+class Machines:
+    "Nodes that are added and removed."
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+        self.n, self.ray = 0, Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **settings(0)))
+
+    def add(self, cpus=1, resources=None, **environment):
+        "A node with environment variables of its own."
+        self.n += 1
+        return self.ray.add_node(num_cpus=cpus, resources=resources or {}, env_vars={k: str(v) for k, v in environment.items()}, **settings(self.n))
+
+    def remove(self, node): self.ray.remove_node(node, allow_graceful=False)
+
+    def remove_once(self, node, mark):
+        "Kill a node in the middle of its work."
+        def wait():
+            deadline = time.monotonic() + 120
+            while not mark.exists() and time.monotonic() < deadline: time.sleep(.05)
+            self.remove(node)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+
+@pytest.fixture(scope="module")
+def machines():
+    import ray
+    machines = Machines()
+    machines.add()
+    yield machines
+    ray.shutdown()
+    machines.ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    standins.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    "A run by this process."
+    lab = standins.experiment(models, tmp_path_factory.mktemp("alone"), "workers=1")
+    lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed(); lab.evaluate("behaviour")
+    return lab
+
+
+def names(path): return sorted(f.name for f in Path(path).rglob("*") if f.suffix in (".parquet", ".npy")) # with checksums
+
+
+def copy(alone, run_dir, *parts):
+    for part in parts: (shutil.copytree if (alone.path/part).is_dir() else shutil.copy)(alone.path/part, run_dir/part)
+
+
+@pytest.fixture
+def there(models, machines, tmp_path):
+    "The same run on the nodes."
+    (tmp_path/"run"/"stages").mkdir(parents=True)
+    lab = standins.experiment(models, tmp_path/"run", kind=standins.OnNodes, cluster=machines.ray.address)
+    lab.cluster.patience = Patience(slow=.01) # whoever is idle begins on what others are at
+    return lab
+
+
+@inside
+def test_straggler_in_collection_killed_in_evaluation(machines, alone, there, tmp_path):
+    mark = tmp_path/"hangs"
+    node = machines.add(DIGIQ_TEST_HANGS=mark)
+    there.collect()
+    assert mark.exists() and names(there.path/"episodes") == names(alone.path/"episodes")
+    mark.unlink()
+    killing = machines.remove_once(node, mark)
+    there.evaluate("behaviour")
+    killing.join()
+    assert mark.exists() and names(there.path/"evaluations") == names(alone.path/"evaluations") and names(there.path/"tuning") == names(alone.path/"tuning")
+    ours, theirs = there.metrics(), alone.metrics()
+    assert all(ours[k] == theirs[k] for k in ("success", "outcomes", "temperatures", "tuning")) and there.table().equals(alone.table())
+
+
+@inside
+def test_killed_in_collection_with_a_full_disk_elsewhere(machines, alone, there, tmp_path, tmp_path_factory):
+    mark, disk = tmp_path/"hangs", tmp_path_factory.getbasetemp().parent/"small"
+    full, hanging = machines.add(DIGIQ_TEST_DISK=disk), machines.add(DIGIQ_TEST_HANGS=mark)
+    killing = machines.remove_once(hanging, mark)
+    there.collect()
+    killing.join()
+    machines.remove(full)
+    assert mark.exists() and (disk/"visited").exists() and names(there.path/"episodes") == names(alone.path/"episodes")
+    assert there.metrics()["counts"]["episodes"] == alone.metrics()["counts"]["episodes"]
+
+
+@inside
+def test_killed_in_embedding(machines, alone, there, tmp_path):
+    copy(alone, there.path, "episodes", "checkpoints", "stages/episodes.json", "stages/representation.json")
+    there.featurise(); there.propose()
+    mark = tmp_path/"hangs"
+    killing = machines.remove_once(machines.add(DIGIQ_TEST_HANGS=mark), mark)
+    there.embed()
+    killing.join()
+    assert mark.exists() and all(names(there.path/part) == names(alone.path/part) for part in ("screens", "proposals", "embeddings"))
+
+
+@inside
+def test_another_version_is_refused(machines, alone, there, tmp_path):
+    other = tmp_path/"other"
+    shutil.copytree(ROOT/"digiq", other/"digiq")
+    (other/"digiq"/"__init__.py").write_text('__version__ = "0.0.9"\n')
+    node = machines.add(PYTHONPATH=os.pathsep.join([str(other), str(ROOT/"tests")]))
+    with pytest.raises(DigiqError, match=r"^node \w+ has digiq 0.0.9, and this run has [\d.]+: install the same on both$"): there.collect()
+    machines.remove(node)
+    there.collect()
+    assert names(there.path/"episodes") == names(alone.path/"episodes")
+
+
+@inside
+def test_training_does_not_wait_for_evaluation(machines, models, alone, there, tmp_path):
+    "train_and_remote_eval: the figures are those of one process, though the node is killed in mid-episode."
+    copy(alone, there.path, "episodes", "screens", "proposals", "embeddings", "checkpoints", "stages")
+    for f in (there.path/"stages").glob("*/*"): f.unlink() if f.is_file() else shutil.rmtree(f)
+    mark = tmp_path/"hangs"
+    killing = machines.remove_once(machines.add(DIGIQ_TEST_HANGS=mark), mark)
+    there.ask_evaluation("behaviour")
+    there.train_critic(); there.score(); there.train_policy("digiq")
+    there.ask_evaluation("digiq")
+    there.await_evaluations()
+    killing.join()
+    for lab in (alone,): lab.train_critic(); lab.score(); lab.train_policy("digiq"); lab.evaluate("digiq")
+    ours, theirs = there.metrics(), alone.metrics()
+    assert mark.exists() and all(ours[k] == theirs[k] for k in ("success", "outcomes", "temperatures", "tuning")) and set(ours["success"]) == {"behaviour", "digiq"}
+    assert there.table().equals(alone.table()) and there.draw_success().size
+    there.ask_evaluation("didiq")
+    with pytest.raises(DigiqError, match="there is no agent 'didiq'"): there.await_evaluations()
+
+
+@inside
+def test_policy_and_phones_elsewhere(machines, alone, there):
+    "A policy on one node, phones on another, which is lost while it plays."
+    cluster, tasks = there.cluster, alone.tasks("train")
+    served = serve(cluster, there.behaviour)
+    cfg = Rollout(24, 8, 1., 6, 8)
+    rollout.collect(Run(there.path/"served"), tasks, served, standins.easy_phone, cfg, seed=0, workers=cluster)
+    assert names(there.path/"served"/"episodes") == names(alone.path/"episodes")
+    nodes = [machines.add(cpus=0, resources={"phone": 2}) for _ in range(2)]
+    with far_phones(cluster, standins.two_phones) as makers:
+        assert len(makers) == 4
+        run = Run(there.path/"far")
+        killing = machines.remove_once(nodes[0], there.path/"far"/"unfinished"/"episodes")
+        store = collect_fleet(run, tasks, standins.Middle(), makers, cfg, FleetSettings(rest=.1, tries=3))
+        killing.join()
+    here = collect_fleet(Run(there.path/"here"), tasks, standins.Middle(), [standins.easy_phone] * 2, cfg)
+    assert store.episodes().equals(here.episodes()) and len(store) == 24
+    machines.remove(nodes[1])
+    with pytest.raises(DigiqError, match="no node of the cluster has a phone"):
+        with far_phones(cluster, standins.two_phones): pass
+
+
+EMBEDS = """
+import sys
+from pathlib import Path
+import standins
+from digiq.core import DigiqError
+try: standins.experiment(Path(sys.argv[1]), sys.argv[2], kind=standins.OnNodes, cluster=sys.argv[3]).embed()
+except DigiqError as e: sys.exit(str(e))
+"""
+
+
+@inside
+def test_head_restarted_while_embedding(machines, models, alone, there, tmp_path):
+    "The driver ends with the head; started again on another cluster, it embeds nothing that is stored. The last test: it takes the cluster away."
+    import ray
+    copy(alone, there.path, "episodes", "screens", "proposals", "checkpoints", "stages")
+    for part in ("embeddings", "critic", "scores", "digiq"): (there.path/"stages"/f"{part}.json").unlink(missing_ok=True)
+    mark = tmp_path/"hangs"
+    machines.add(DIGIQ_TEST_HANGS=mark)
+    start = lambda: subprocess.Popen([sys.executable, "-c", EMBEDS, models, there.path, machines.ray.address], stderr=subprocess.PIPE, text=True)
+    driver, deadline = start(), time.monotonic() + 120
+    while not (mark.exists() and list((there.path/"embeddings").glob("*.npy"))): assert driver.poll() is None and time.monotonic() < deadline; time.sleep(.05)
+    ray.shutdown()
+    machines.ray.shutdown()
+    assert driver.wait(120) != 0
+    stored = {f: f.stat().st_mtime_ns for f in (there.path/"embeddings").glob("[0-9]*.npy")}
+    assert stored and len(stored) < len(list((alone.path/"embeddings").glob("*.npy")))
+    machines.__init__()
+    machines.add()
+    again = start()
+    assert again.wait(120) == 0, again.stderr.read()[-2000:]
+    assert names(there.path/"embeddings") == names(alone.path/"embeddings") and all(f.stat().st_mtime_ns == at for f, at in stored.items())
