@@ -24,7 +24,7 @@ def test_in_a_network_of_its_own(tmp_path):
     try: subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError): pytest.skip("this machine lends no network namespaces")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | dict(DIGIQ_TEST_NETWORK="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0",
-        RAY_gcs_rpc_server_reconnect_timeout_s="3")
+        RAY_gcs_rpc_server_reconnect_timeout_s="3", RAY_health_check_timeout_ms="60000", RAY_health_check_failure_threshold="2") # a busy node is not taken for a dead one
     script = 'ip link set lo up && mkdir "$1/small" && mount -t tmpfs -o size=64k none "$1/small" && exec "$2" -m pytest -q -n 0 -p no:cacheprovider --basetemp "$1/inside" "$3"'
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", str(tmp_path), sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -90,7 +90,7 @@ def names(path): return sorted(f.name for f in Path(path).rglob("*") if f.suffix
 
 
 def copy(alone, run_dir, *parts):
-    for part in parts: (shutil.copytree if (alone.path/part).is_dir() else shutil.copy)(alone.path/part, run_dir/part)
+    for part in parts: shutil.copytree(alone.path/part, run_dir/part, dirs_exist_ok=True) if (alone.path/part).is_dir() else shutil.copy(alone.path/part, run_dir/part)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_training_does_not_wait_for_evaluation(machines, models, alone, there, t
     there.ask_evaluation("digiq")
     there.await_evaluations()
     killing.join()
-    for lab in (alone,): lab.train_critic(); lab.score(); lab.train_policy("digiq"); lab.evaluate("digiq")
+    alone.train_critic(); alone.score(); alone.train_policy("digiq"); alone.evaluate("digiq")
     ours, theirs = there.metrics(), alone.metrics()
     assert mark.exists() and all(ours[k] == theirs[k] for k in ("success", "outcomes", "temperatures", "tuning")) and set(ours["success"]) == {"behaviour", "digiq"}
     assert there.table().equals(alone.table()) and there.draw_success().size

@@ -18,6 +18,12 @@ from ..core import DigiqError
 # %% ../../nbs/cluster/55_dispatch.ipynb #55-005
 class Lost(Exception):
     "What a worker was doing is lost, with it or with its node; another one can do it."
+    def __init__(self,
+        why:str, # for people
+        begun:bool=True, # False where the worker was gone before it could begin, so that the item is not to blame
+    ):
+        super().__init__(why)
+        self.begun = begun
 
 class Crew(Protocol):
     "Workers that come and go."
@@ -75,7 +81,7 @@ def again(self:Dispatch,
     why:Lost, # how
 ):
     "Let an item wait again, unless somebody else is at it or has done it. Raises `DigiqError` after too many tries."
-    self.lost[item] += 1
+    self.lost[item] += why.begun
     if item not in self.left or item in {other for _, other, _ in self.given.values()}: return
     if self.lost[item] >= self.patience.tries:
         raise DigiqError(f"item {item} was lost {self.lost[item]} times, at last because {why}: start again, "

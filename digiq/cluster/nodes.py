@@ -106,16 +106,19 @@ class Nodes:
     ):
         self.ray, self.parcel, self.gpus = ray, Parcel(ray, work), gpus
         self.task = ray.remote(at_node)
-        self.given, self.lost, self.there, self.looked = {}, Counter(), {}, -1. # the latter: slots by node, and when
+        self.given, self.lost, self.rests = {}, Counter(), {} # tickets; losses in a row, and until when it rests, by node
+        self.there, self.looked = {}, -1. # slots by node, and when
 
 # %% ../../nbs/cluster/56_nodes.ipynb #56-016
 @patch
 def workers(self:Nodes) -> list: # (node, number)
-    "A worker for every CPU, or GPU, of nodes that are alive and have not failed three times in a row."
-    if time.monotonic() - self.looked > 1:
-        self.looked, kind = time.monotonic(), "GPU" if self.gpus else "CPU"
+    "A worker for every CPU, or GPU, of nodes that are alive and do not rest."
+    now = time.monotonic()
+    if now - self.looked > 1:
+        self.looked, kind = now, "GPU" if self.gpus else "CPU"
         self.there = {n["NodeID"]: int(n["Resources"].get(kind, 0) / (self.gpus or 1)) for n in self.ray.nodes() if n["Alive"]}
-    return [(node, k) for node, n in self.there.items() if self.lost[node] < 3 for k in range(n)]
+    fit = [node for node in self.there if self.lost[node] < 3 and self.rests.get(node, 0) <= now]
+    return [(node, k) for node in fit for k in range(self.there[node])]
 
 @patch
 def give(self:Nodes,
@@ -149,7 +152,8 @@ def take(self:Nodes,
     try: result, units, error = self.ray.get(ticket)
     except self.ray.exceptions.RayError as e:
         self.lost[node] += 1
-        raise Lost(f"node {node[:8]} failed: {plainly(e)}") from None
+        self.rests[node] = time.monotonic() + 2 ** self.lost[node]
+        raise Lost(f"node {node[:8]} failed: {plainly(e)}", type(e).__name__ != "TaskUnschedulableError") from None
     if error: raise as_raised(*error)
     self.lost[node] = 0
     return result, units

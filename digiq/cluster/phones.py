@@ -96,16 +96,25 @@ class FarPhone:
         if error: raise as_raised(*error)
         return result
 
-    def reset(self, *, seed, options):
+    def reset(self, *,
+        seed:int, # of the episode
+        options:dict, # {"task": a task}
+    ):
+        "Begin an episode."
         self.task = options["task"]
         vars(self).update(self._ask("reset", self.task, seed))
 
-    def step(self, action):
+    def step(self,
+        action:str, # as the policy wrote it
+    ) -> tuple: # as of `DeviceEnv.step`, without an observation
+        "Act."
         view, (reward, terminated, truncated, error) = self._ask("step", action)
         vars(self).update(view)
         return None, reward, terminated, truncated, {"error": error}
 
-    def close(self): self._ask("end")
+    def close(self):
+        "Let go of it."
+        self._ask("end")
 
 # %% ../../nbs/cluster/57_phones.ipynb #57-009
 def ask_actor(
@@ -185,7 +194,12 @@ class Served:
         ask, # (state, seen, how) -> what `Server.act` returns
     ): self.ask = ask
 
-    def act(self, *seen, n=1, temperature=1.):
+    def act(self,
+        *seen, # goals, histories, screens, screens before
+        n:int=1, # actions a state
+        temperature:float=1., # of the policy's sampling
+    ) -> list[list[str]]: # n action strings a state
+        "Actions for a batch of states."
         torch = sys.modules.get("torch")
         answers, state, error = self.ask(torch and torch.get_rng_state(), seen, dict(n=n, temperature=temperature))
         if error: raise as_raised(*error)
@@ -198,7 +212,9 @@ class AskServer:
     def __init__(self,
         actor, # a `Server`
     ): self.actor = actor
-    def __call__(self, *question):
+    def __call__(self,
+        *question, # of `Server.act`
+    ) -> tuple: # its answer
         import ray
         return ray.get(self.actor.act.remote(*question))
 
