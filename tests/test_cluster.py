@@ -56,7 +56,7 @@ class Machines:
             deadline = time.monotonic() + 120
             while not mark.exists() and time.monotonic() < deadline: time.sleep(.05)
             self.remove(node)
-        thread = threading.Thread(target=wait)
+        thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         return thread
 
