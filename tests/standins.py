@@ -1,10 +1,7 @@
 "Base models that know nothing, made in seconds, and the whole pipeline on them with a goal that is easily reached."
-import os, time
-from contextlib import contextmanager
-from pathlib import Path
-
 import torch
 import yaml
+from troubles import trouble
 
 from digiq import actions as A
 from digiq.workshop.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
@@ -51,46 +48,11 @@ class Easy(Experiment):
         return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, evaluator=lambda task, before, after, device: float(device.state()["app"] != "launcher"))
 
 
-def trouble():
-    "What is wrong with the node of a cluster where this is called, if anything; a file tells that somebody was here."
-    if mark := os.environ.get("DIGIQ_TEST_HANGS"):
-        Path(mark).touch()
-        time.sleep(3600)
-    if disk := os.environ.get("DIGIQ_TEST_DISK"):
-        Path(disk, "visited").touch()
-        Path(disk, "spilt").write_bytes(bytes(1 << 20))
-
-
-class Troubled:
-    "An embedder that a node's trouble stops."
-    def __init__(self, embedder): self.embedder = embedder
-    def embed(self, pairs):
-        trouble()
-        return self.embedder.embed(pairs)
-
-
 class OnNodes(Easy):
     "An experiment that a node's trouble stops."
     def make_env(self, tasks, horizon):
         trouble()
         return super().make_env(tasks, horizon)
-    def embedder(self): return Troubled(super().embedder())
-
-
-def easy_phone(tasks, horizon):
-    "A phone on which the goal is to leave the launcher."
-    return DeviceEnv(SimPhone(disturbance=0.), tasks, horizon, evaluator=lambda task, before, after, device: float(device.state()["app"] != "launcher"))
-
-
-@contextmanager
-def two_phones():
-    "The phones of a node."
-    yield [easy_phone, easy_phone]
-
-
-class Middle:
-    "A policy that taps the middle of the screen."
-    def act(self, goals, *seen, n, temperature): return [[A.render(A.tap(.5, .5))] for _ in goals]
 
 
 def experiment(models, run_dir, *changes, seed=0, kind=Easy, cluster="none"):

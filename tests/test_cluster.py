@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import standins
+import troubles
 
 from digiq.cluster.dispatch import Patience
+from digiq.cluster.nodes import Cluster
 from digiq.cluster.phones import far_phones, serve
 from digiq.core import DigiqError, Run
 from digiq.play import rollout
 from digiq.play.fleet import FleetSettings, collect_fleet
 from digiq.play.rollout import Rollout
+from digiq.vlm.embedding import embed_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"] # and nobody left behind
@@ -82,15 +85,11 @@ def models(tmp_path_factory):
 def alone(models, tmp_path_factory):
     "A run by this process."
     lab = standins.experiment(models, tmp_path_factory.mktemp("alone"), "workers=1")
-    lab.collect(); lab.featurise(); lab.propose(); lab.finetune(); lab.embed(); lab.evaluate("behaviour")
+    lab.collect(); lab.evaluate("behaviour")
     return lab
 
 
 def names(path): return sorted(f.name for f in Path(path).rglob("*") if f.suffix in (".parquet", ".npy")) # with checksums
-
-
-def copy(alone, run_dir, *parts):
-    for part in parts: shutil.copytree(alone.path/part, run_dir/part, dirs_exist_ok=True) if (alone.path/part).is_dir() else shutil.copy(alone.path/part, run_dir/part)
 
 
 @pytest.fixture
@@ -118,45 +117,11 @@ def test_straggler_in_collection_killed_in_evaluation(machines, alone, there, tm
 
 
 @inside
-def test_killed_in_collection_with_a_full_disk_elsewhere(machines, alone, there, tmp_path, tmp_path_factory):
-    mark, disk = tmp_path/"hangs", tmp_path_factory.getbasetemp().parent/"small"
-    full, hanging = machines.add(DIGIQ_TEST_DISK=disk), machines.add(DIGIQ_TEST_HANGS=mark)
-    killing = machines.remove_once(hanging, mark)
-    there.collect()
-    killing.join()
-    machines.remove(full)
-    assert mark.exists() and (disk/"visited").exists() and names(there.path/"episodes") == names(alone.path/"episodes")
-    assert there.metrics()["counts"]["episodes"] == alone.metrics()["counts"]["episodes"]
-
-
-@inside
-def test_killed_in_embedding(machines, alone, there, tmp_path):
-    copy(alone, there.path, "episodes", "checkpoints", "stages/episodes.json", "stages/representation.json")
-    there.featurise(); there.propose()
-    mark = tmp_path/"hangs"
-    killing = machines.remove_once(machines.add(DIGIQ_TEST_HANGS=mark), mark)
-    there.embed()
-    killing.join()
-    assert mark.exists() and all(names(there.path/part) == names(alone.path/part) for part in ("screens", "proposals", "embeddings"))
-
-
-@inside
-def test_another_version_is_refused(machines, alone, there, tmp_path):
-    other = tmp_path/"other"
-    shutil.copytree(ROOT/"digiq", other/"digiq")
-    (other/"digiq"/"__init__.py").write_text('__version__ = "0.0.9"\n')
-    node = machines.add(PYTHONPATH=os.pathsep.join([str(other), str(ROOT/"tests")]))
-    with pytest.raises(DigiqError, match=r"^node \w+ has digiq 0.0.9, and this run has [\d.]+: install the same on both$"): there.collect()
-    machines.remove(node)
-    there.collect()
-    assert names(there.path/"episodes") == names(alone.path/"episodes")
-
-
-@inside
 def test_training_does_not_wait_for_evaluation(machines, models, alone, there, tmp_path):
     "train_and_remote_eval: the figures are those of one process, though the node is killed in mid-episode."
-    copy(alone, there.path, "episodes", "screens", "proposals", "embeddings", "checkpoints", "stages")
-    for f in (there.path/"stages").glob("*/*"): f.unlink() if f.is_file() else shutil.rmtree(f)
+    alone.featurise(); alone.propose(); alone.finetune(); alone.embed()
+    for part in "episodes", "screens", "proposals", "embeddings", "checkpoints": shutil.copytree(alone.path/part, there.path/part)
+    for f in (alone.path/"stages").glob("*.json"): shutil.copy(f, there.path/"stages")
     mark = tmp_path/"hangs"
     killing = machines.remove_once(machines.add(DIGIQ_TEST_HANGS=mark), mark)
     there.ask_evaluation("behaviour")
@@ -172,56 +137,100 @@ def test_training_does_not_wait_for_evaluation(machines, models, alone, there, t
     with pytest.raises(DigiqError, match="there is no agent 'didiq'"): there.await_evaluations()
 
 
+@pytest.fixture
+def cluster(machines):
+    cluster = Cluster(machines.ray.address)
+    cluster.patience = Patience(slow=1e6) # whoever has work finishes it, or loses it
+    return cluster
+
+
+def collected(path, workers=1, policy=troubles.Thrown()):
+    "Files of episodes, named after what is in them."
+    return names(rollout.collect(Run(path), troubles.TASKS, policy, troubles.counting, Rollout(24, 2, 1., 6, 2), workers=workers).shards.path)
+
+
 @inside
-def test_policy_and_phones_elsewhere(machines, alone, there):
-    "A policy on one node, phones on another, which is lost while it plays."
-    cluster, tasks = there.cluster, alone.tasks("train")
-    served = serve(cluster, there.behaviour)
-    cfg = Rollout(24, 8, 1., 6, 8)
-    rollout.collect(Run(there.path/"served"), tasks, served, standins.easy_phone, cfg, seed=0, workers=cluster)
-    assert names(there.path/"served"/"episodes") == names(alone.path/"episodes")
-    nodes = [machines.add(cpus=0, resources={"phone": 2}) for _ in range(2)]
-    with far_phones(cluster, standins.two_phones) as makers:
+def test_killed_in_collection_with_a_full_disk_elsewhere(machines, cluster, tmp_path, tmp_path_factory):
+    mark, disk = tmp_path/"hangs", tmp_path_factory.getbasetemp().parent/"small"
+    full, hanging = machines.add(DIGIQ_TEST_DISK=disk), machines.add(DIGIQ_TEST_HANGS=mark)
+    killing = machines.remove_once(hanging, mark)
+    assert collected(tmp_path/"there", cluster) == collected(tmp_path/"here")
+    killing.join()
+    assert mark.exists() and (disk/"visited").exists()
+    machines.remove(full)
+
+
+def embedded(path, workers=1):
+    store, proposals = troubles.recorded(path)
+    return names(embed_run(store, proposals, troubles.Troubled(), path/"embeddings", 2, workers).shards.path)
+
+
+@inside
+def test_killed_in_embedding(machines, cluster, tmp_path):
+    mark = tmp_path/"hangs"
+    killing = machines.remove_once(machines.add(DIGIQ_TEST_HANGS=mark), mark)
+    assert embedded(tmp_path/"there", cluster) == embedded(tmp_path/"here")
+    killing.join()
+    assert mark.exists()
+
+
+@inside
+def test_another_version_is_refused(machines, cluster, tmp_path):
+    other = tmp_path/"other"
+    shutil.copytree(ROOT/"digiq", other/"digiq", ignore=shutil.ignore_patterns("*.safetensors"))
+    (other/"digiq"/"__init__.py").write_text('__version__ = "0.0.9"\n')
+    node = machines.add(PYTHONPATH=os.pathsep.join([str(other), str(ROOT/"tests")]))
+    with pytest.raises(DigiqError, match=r"^node \w+ has digiq 0.0.9, and this run has [\d.]+: install the same on both$"): collected(tmp_path/"there", cluster)
+    machines.remove(node)
+    assert collected(tmp_path/"there", cluster) == collected(tmp_path/"here") # goes on
+
+
+@inside
+def test_policy_and_phones_elsewhere(machines, cluster, tmp_path):
+    "A policy on one node, phones on others, of which one is lost while they are played on."
+    policy = troubles.ThrownByTorch()
+    assert collected(tmp_path/"served", cluster, serve(cluster, policy)) == collected(tmp_path/"near", 1, policy)
+    nodes, cfg = [machines.add(cpus=0, resources={"phone": 2}) for _ in range(2)], Rollout(200, 2, 1., 4, 10)
+    with far_phones(cluster, troubles.two_phones) as makers:
         assert len(makers) == 4
-        run = Run(there.path/"far")
-        killing = machines.remove_once(nodes[0], there.path/"far"/"unfinished"/"episodes")
-        store = collect_fleet(run, tasks, standins.Middle(), makers, cfg, FleetSettings(rest=.1, tries=3))
+        killing = machines.remove_once(nodes[0], tmp_path/"far"/"unfinished"/"episodes")
+        far = collect_fleet(Run(tmp_path/"far"), troubles.TASKS, troubles.Middle(), makers, cfg, FleetSettings(rest=.1, tries=3))
         killing.join()
-    here = collect_fleet(Run(there.path/"here"), tasks, standins.Middle(), [standins.easy_phone] * 2, cfg)
-    assert store.episodes().equals(here.episodes()) and len(store) == 24
+    with troubles.two_phones() as makers: here = collect_fleet(Run(tmp_path/"here"), troubles.TASKS, troubles.Middle(), makers, cfg)
+    assert far.episodes().equals(here.episodes()) and len(far) == 200
     machines.remove(nodes[1])
     with pytest.raises(DigiqError, match="no node of the cluster has a phone"):
-        with far_phones(cluster, standins.two_phones): pass
+        with far_phones(cluster, troubles.two_phones): pass
 
 
 EMBEDS = """
 import sys
 from pathlib import Path
-import standins
+from digiq.cluster.nodes import Cluster
 from digiq.core import DigiqError
-try: standins.experiment(Path(sys.argv[1]), sys.argv[2], kind=standins.OnNodes, cluster=sys.argv[3]).embed()
+from digiq.vlm.embedding import embed_run
+from troubles import Troubled, recorded
+path, address = Path(sys.argv[1]), sys.argv[2]
+try: embed_run(*recorded(path), Troubled(), path/"embeddings", 2, Cluster(address))
 except DigiqError as e: sys.exit(str(e))
 """
 
 
 @inside
-def test_head_restarted_while_embedding(machines, models, alone, there, tmp_path):
+def test_head_restarted_while_embedding(machines, tmp_path):
     "The driver ends with the head; started again on another cluster, it embeds nothing that is stored. The last test: it takes the cluster away."
     import ray
-    copy(alone, there.path, "episodes", "screens", "proposals", "checkpoints", "stages")
-    for part in ("embeddings", "critic", "scores", "digiq"): (there.path/"stages"/f"{part}.json").unlink(missing_ok=True)
-    mark = tmp_path/"hangs"
+    mark, there = tmp_path/"hangs", tmp_path/"there"
     machines.add(DIGIQ_TEST_HANGS=mark)
-    start = lambda: subprocess.Popen([sys.executable, "-c", EMBEDS, models, there.path, machines.ray.address], stderr=subprocess.PIPE, text=True)
-    driver, deadline = start(), time.monotonic() + 120
-    while not (mark.exists() and list((there.path/"embeddings").glob("*.npy"))): assert driver.poll() is None and time.monotonic() < deadline; time.sleep(.05)
+    start = lambda: subprocess.Popen([sys.executable, "-c", EMBEDS, there, machines.ray.address], stderr=subprocess.PIPE, text=True)
+    driver, deadline, found = start(), time.monotonic() + 120, lambda: list((there/"embeddings").glob("[0-9]*.npy"))
+    while not (mark.exists() and len(found()) > 1): assert driver.poll() is None and time.monotonic() < deadline; time.sleep(.05)
     ray.shutdown()
     machines.ray.shutdown()
     assert driver.wait(120) != 0
-    stored = {f: f.stat().st_mtime_ns for f in (there.path/"embeddings").glob("[0-9]*.npy")}
-    assert stored and len(stored) < len(list((alone.path/"embeddings").glob("*.npy")))
+    stored = {f: f.stat().st_mtime_ns for f in found()}
     machines.__init__()
     machines.add()
     again = start()
-    assert again.wait(120) == 0, again.stderr.read()[-2000:]
-    assert names(there.path/"embeddings") == names(alone.path/"embeddings") and all(f.stat().st_mtime_ns == at for f, at in stored.items())
+    assert again.wait(240) == 0, again.stderr.read()[-2000:]
+    assert names(there/"embeddings") == embedded(tmp_path/"here") and all(f.stat().st_mtime_ns == at for f, at in stored.items()) and len(stored) < len(found())

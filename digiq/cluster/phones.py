@@ -192,7 +192,7 @@ class Served:
     "A policy that acts elsewhere."
     def __init__(self,
         ask, # (state, seen, how) -> what `Server.act` returns
-    ): self.ask = ask
+    ): self.ask, self.torch = ask, sys.modules.get("torch") # which a worker loads, too, before it seeds anything
 
     def act(self,
         *seen, # goals, histories, screens, screens before
@@ -200,10 +200,10 @@ class Served:
         temperature:float=1., # of the policy's sampling
     ) -> list[list[str]]: # n action strings a state
         "Actions for a batch of states."
-        torch = sys.modules.get("torch")
-        answers, state, error = self.ask(torch and torch.get_rng_state(), seen, dict(n=n, temperature=temperature))
+        how = dict(n=n, temperature=temperature)
+        answers, state, error = self.ask(self.torch and self.torch.get_rng_state(), seen, how)
         if error: raise as_raised(*error)
-        if torch and state is not None: torch.set_rng_state(state)
+        if self.torch and state is not None: self.torch.set_rng_state(state)
         return answers
 
 # %% ../../nbs/cluster/57_phones.ipynb #57-021
