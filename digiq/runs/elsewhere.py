@@ -15,7 +15,6 @@ from fastcore.basics import patch
 from ..core import ENDED, PR_SET_PDEATHSIG, ConfigError, DigiqError, as_raised, in_parts
 from ..method.training import Accelerator
 from .experiment import Experiment
-from . import agents
 
 # %% ../../nbs/runs/66b_elsewhere.ipynb #66b-005
 def evaluate_asked(
