@@ -22,7 +22,7 @@ def measure():
         with far_phones(Cluster(machines.ray.address), partial(sleepy_phones, PHONES, LATENCY)) as makers:
             assert len(makers) == n * PHONES
             steps_per_second(makers, 1) # everybody has imported everything
-            rates[n * PHONES] = steps_per_second(makers, 15)
+            rates[n * PHONES] = steps_per_second(makers, 10)
             print(n, "nodes:", rates[n * PHONES], "steps/s", file=sys.stderr)
     return rates
 

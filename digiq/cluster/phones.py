@@ -211,7 +211,9 @@ class AskServer:
     "How a `Served` policy asks its actor, from any node."
     def __init__(self,
         actor, # a `Server`
-    ): self.actor = actor
+        parcel:Parcel|None=None, # its policy: kept here, and not on nodes, for an actor that has to be started again
+    ): self.actor, self.parcel = actor, parcel
+    def __reduce__(self): return AskServer, (self.actor,)
     def __call__(self,
         *question, # of `Server.act`
     ) -> tuple: # its answer
@@ -223,7 +225,7 @@ def serve(
     policy, # with `act`
 ) -> Served: # for workers anywhere
     "Let a policy act on a node, one with a GPU where there is any."
-    ray = cluster.ray
+    ray, parcel = cluster.ray, Parcel(cluster.ray, policy)
     gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
     how = dict(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
-    return Served(AskServer(ray.remote(Server).options(**how).remote(Parcel(ray, policy))))
+    return Served(AskServer(ray.remote(Server).options(**how).remote(parcel), parcel))
