@@ -48,15 +48,19 @@ class Machines:
 
     def add(self, cpus=1, resources=None, **environment):
         "A node with environment variables of its own."
-        self.n += 1
-        return self.ray.add_node(num_cpus=cpus, resources=resources or {}, env_vars={k: str(v) for k, v in environment.items()}, **settings(self.n))
+        how = dict(num_cpus=cpus, resources=resources or {}, env_vars={k: str(v) for k, v in environment.items()})
+        for last in False, False, True: # a busy machine may take longer than Ray waits for a node
+            self.n += 1
+            try: return self.ray.add_node(**how, **settings(self.n))
+            except Exception as e:
+                if last or "timed out" not in str(e): raise
 
     def remove(self, node): self.ray.remove_node(node, allow_graceful=False)
 
     def remove_once(self, node, mark):
         "Kill a node in the middle of its work."
         def wait():
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not mark.exists() and time.monotonic() < deadline: time.sleep(.05)
             self.remove(node)
         thread = threading.Thread(target=wait, daemon=True)
