@@ -44,16 +44,19 @@ class Machines:
     "Nodes that are added and removed."
     def __init__(self):
         from ray.cluster_utils import Cluster
-        self.n, self.ray = 0, Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **settings(0)))
+        self.n, self.ray = 0, Cluster()
+        self.start(num_cpus=0, include_dashboard=False) # the head
 
-    def add(self, cpus=1, resources=None, **environment):
-        "A node with environment variables of its own."
-        how = dict(num_cpus=cpus, resources=resources or {}, env_vars={k: str(v) for k, v in environment.items()})
+    def start(self, **how):
         for last in False, False, True: # a busy machine may take longer than Ray waits for a node
             self.n += 1
             try: return self.ray.add_node(**how, **settings(self.n))
             except Exception as e:
                 if last or "timed out" not in str(e): raise
+
+    def add(self, cpus=1, resources=None, **environment):
+        "A node with environment variables of its own."
+        return self.start(num_cpus=cpus, resources=resources or {}, env_vars={k: str(v) for k, v in environment.items()})
 
     def remove(self, node): self.ray.remove_node(node, allow_graceful=False)
 
