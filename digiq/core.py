@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'MARKS', 'PR_SET_PDEATHSIG', 'ENDED', 'DigiqError', 'ConfigError', 'DataError', 'from_dict', 'to_dict',
            'derive_seed', 'seed_all', 'atomic', 'read_text', 'write_json', 'read_json', 'Log', 'read_log', 'Run',
-           'Stage', 'NotebookBar', 'progress', 'threads', 'share']
+           'Stage', 'NotebookBar', 'progress', 'threads', 'in_parts', 'as_raised', 'share']
 
 # %% ../nbs/00_core.ipynb #00-002
 import codecs, ctypes, hashlib, json, math, operator, os, random, re, shutil, signal, sys, time, traceback
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from fcntl import LOCK_EX, LOCK_NB, flock
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -264,8 +265,9 @@ def update_metrics(self:Run,
 ) -> dict: # all metrics after the update
     "Add results."
     plain = json.loads(json.dumps(metrics)) # as they are once written: a number as a key becomes text
-    merged = _merge(self.metrics(), plain)
-    write_json(self.path/"metrics.json", merged)
+    with _lock(self.path/".metrics.lock", f"metrics.json of {self.path}"): # another process may have results, too
+        merged = _merge(self.metrics(), plain)
+        write_json(self.path/"metrics.json", merged)
     return merged
 
 # %% ../nbs/00_core.ipynb #00-038
@@ -374,6 +376,26 @@ def threads(
         if torch: torch.set_num_threads(before)
 
 # %% ../nbs/00_core.ipynb #00-054
+def in_parts(
+    error:BaseException, # as raised
+) -> tuple: # its class, arguments and attributes, and a traceback unless the message says enough
+    "Take an error apart, to send it to another process."
+    trace = "" if isinstance(error, DigiqError) else "".join(traceback.format_exception(error))
+    return type(error), error.args, vars(error), trace
+
+def as_raised(
+    kind:type, # what `in_parts` returns
+    args:tuple,
+    attributes:dict,
+    trace:str,
+) -> BaseException:
+    "Put an error together again; the traceback becomes a note."
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    if trace: error.add_note(f"In a process of its own:\n{trace}")
+    return error
+
+# %% ../nbs/00_core.ipynb #00-054b
 PR_SET_PDEATHSIG = 1 # of prctl: which signal to get when the parent ends
 
 def _work_in_copy(work, item, home, parent):
@@ -381,15 +403,10 @@ def _work_in_copy(work, item, home, parent):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent: return # it ended before it could be asked
     try:
-        with threads(1): work(item, home.send)
+        with threads(1): result = work(item, lambda units: home.send(("told", units)))
+        home.send(("result", result))
     except BaseException as e:
-        home.send((type(e), e.args, vars(e), "" if isinstance(e, DigiqError) else traceback.format_exc()))
-
-def _as_raised(kind, args, attributes, trace):
-    error = kind.__new__(kind, *args)
-    vars(error).update(attributes)
-    if trace: error.add_note(f"In a process of its own:\n{trace}")
-    return error
+        home.send(("error", in_parts(e)))
 
 # %% ../nbs/00_core.ipynb #00-055
 ENDED = """a worker process ended before its work was done (exit code {}), perhaps for want of memory: \
@@ -406,17 +423,17 @@ def _begin(work, item):
     return here, process
 
 # %% ../nbs/00_core.ipynb #00-205
-def _hear(pipe, process, advance, finished):
+def _hear(pipe, process, advance, keep):
     "Take one message; whether it was the last one."
-    try: message = pipe.recv()
+    try: kind, message = pipe.recv()
     except (EOFError, OSError):
         process.join()
         pipe.close()
         if process.exitcode: raise DigiqError(ENDED.format(process.exitcode)) from None
-        finished()
         return True
-    if isinstance(message, tuple): raise _as_raised(*message)
-    advance(message)
+    if kind == "error": raise as_raised(*message)
+    if kind == "told": advance(message)
+    else: keep(message)
 
 # %% ../nbs/00_core.ipynb #00-108
 def _before_forks():
@@ -426,27 +443,32 @@ def _before_forks():
 
 # %% ../nbs/00_core.ipynb #00-056
 def share(
-    items:list, # what to work on, each by itself
-    work, # (item, told): leaves its result in a file; tells how many more units it has done
-    workers:int=1, # processes at once; 1 to stay in this one, as all systems but Linux do
+    items:list, # what to work on, each by itself, e.g. numbers
+    read, # (item): what its work needs; of a process's own, called there
+    work, # (what was read, told): returns a result; tells how many more units it has done
+    keep, # (item, result): puts it away; called here, one at a time
+    workers=1, # processes at once; 1 to stay in this one, as all systems but Linux do; or who shares the work instead
     advance=lambda n: None, # called with these units, e.g. a progress bar's `update`
-    finished=lambda: None, # called after each item, e.g. a stage's `save`
 ):
     "Work on all items. Raises what `work` raises, and `DigiqError` where a process is killed."
+    if hasattr(workers, "share"): return workers.share(items, read, work, keep, advance)
+    def do(item, told): return work(read(item), told)
     if min(workers, len(items)) < 2 or sys.platform != "linux":
         with threads(1):
-            for item in items:
-                work(item, advance)
-                finished()
+            for item in items: keep(item, do(item, advance))
         return
     _before_forks()
     waiting, busy = deque(items), {}
     try:
         while waiting or busy:
-            while waiting and len(busy) < workers: busy.update([_begin(work, waiting.popleft())])
+            while waiting and len(busy) < workers:
+                item = waiting.popleft()
+                pipe, process = _begin(do, item)
+                busy[pipe] = process, item
             for pipe in wait(busy):
-                if _hear(pipe, busy[pipe], advance, finished): del busy[pipe]
+                process, item = busy[pipe]
+                if _hear(pipe, process, advance, partial(keep, item)): del busy[pipe]
     finally:
-        for process in busy.values():
+        for process, _ in busy.values():
             process.kill()
             process.join()

@@ -92,15 +92,21 @@ def paths(self:Shards) -> list[Path]: # the files, in order
 @patch
 def fill(self:Shards,
     sizes:list[int], # of all shards, in units that people can count: episodes, pairs, ...
-    make, # (number, told): writes a shard; tells how many more units it has done
+    read, # (number): what its making needs
+    make, # (what was read, told): returns a shard; tells how many more units it has done
+    write, # (number, shard): writes it
     desc:str, # what is made
-    workers:int=1, # processes at once, see `digiq.core.share`
+    workers=1, # processes at once, or who works instead of them, see `digiq.core.share`
     saved=lambda: None, # called after each shard, e.g. a stage's `save`
 ):
     "Make all missing shards, with a progress bar. Raises what `make` raises; `DigiqError` where a process is killed."
+    def keep(i, made):
+        write(i, made)
+        saved()
     if todo := self.missing(len(sizes)):
         before = sum(sizes) - sum(sizes[i] for i in todo)
-        with progress(total=sum(sizes), desc=desc, initial=before) as bar: share(todo, make, workers, bar.update, saved)
+        with progress(total=sum(sizes), desc=desc, initial=before) as bar:
+            share(todo, read, make, keep, workers, bar.update)
 
 # %% ../nbs/04_data.ipynb #30-017
 EPISODE_COLUMNS = dict(

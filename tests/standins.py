@@ -1,6 +1,7 @@
 "Base models that know nothing, made in seconds, and the whole pipeline on them with a goal that is easily reached."
 import torch
 import yaml
+from troubles import trouble
 
 from digiq import actions as A
 from digiq.workshop.base_vlm import BaseVLMConfig, build_vlm, tokenizer_texts
@@ -47,14 +48,21 @@ class Easy(Experiment):
         return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, evaluator=lambda task, before, after, device: float(device.state()["app"] != "launcher"))
 
 
-def experiment(models, run_dir, *changes, seed=0):
+class OnNodes(Easy):
+    "An experiment that a node's trouble stops."
+    def make_env(self, tasks, horizon):
+        trouble()
+        return super().make_env(tasks, horizon)
+
+
+def experiment(models, run_dir, *changes, seed=0, kind=Easy, cluster="none"):
     "An experiment on the stand-ins; a change is 'field=value', or 'component.field=value'."
     settings = SMALL | dict(policy=str(models/"policy"), image_encoder=str(models/"vlm"), representation=SMALL["representation"] | dict(model=str(models/"vlm")))
     for change in changes:
         name, value = change.split("=")
         where, _, field = name.rpartition(".")
         settings = settings | {(where or field): (settings.get(where, {}) | {field: yaml.safe_load(value)}) if where else yaml.safe_load(value)}
-    return Easy(run_dir, load_preset("smoke", **settings), seed)
+    return kind(run_dir, load_preset("smoke", **settings), seed, cluster)
 
 
 def run(lab):

@@ -7,7 +7,7 @@ from notebooks import library, module, number, root
 
 order = {module(path): number(path) for path in library}
 heavy = {"torch", "transformers", "accelerate"}
-rooms = ["", "method", "vlm", "phone", "play", "released", "exchange", "runs", "explore", "workshop", "__main__"] # from the ground floor up
+rooms = ["", "method", "vlm", "phone", "play", "released", "exchange", "cluster", "runs", "explore", "workshop", "__main__"] # from the ground floor up
 light = [name for path in library if (name := module(path)) and path.parent.name in ("nbs", "phone", "play")]
 
 

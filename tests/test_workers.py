@@ -21,9 +21,9 @@ def products(path, workers):
     shards, a = Shards(path, ".npy"), torch.rand(500, 500, generator=torch.Generator().manual_seed(0))
     def make(i, told):
         assert torch.get_num_threads() == 1
-        shards.write(i, (a @ a * (i + 1)).numpy().tobytes())
         told(1)
-    shards.fill([1] * 6, make, "products", workers)
+        return (a @ a * (i + 1)).numpy().tobytes()
+    shards.fill([1] * 6, int, make, shards.write, "products", workers)
     return [f.name for f in shards.paths()]
 
 
@@ -64,7 +64,7 @@ def test_error_without_a_way_home():
     def work(item, told):
         class Local(Exception): "Cannot be pickled."
         raise Local
-    with pytest.raises(DigiqError, match="exit code 1"): share([1, 2], work, 2)
+    with pytest.raises(DigiqError, match="exit code 1"): share([1, 2], int, work, print, 2)
 
 
 ENDLESS = """
@@ -76,7 +76,7 @@ def work(item, told):
     open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
     time.sleep(60)
 
-share([1, 2, 3], work, 2)
+share([1, 2, 3], int, work, print, 2)
 """
 
 

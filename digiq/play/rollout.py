@@ -121,7 +121,7 @@ def collect(
     cfg:Rollout, # how many, and how
     name:str="episodes", # of the set: a directory of the run, and a stage
     seed:int=0, # of the whole run
-    workers:int=1, # processes that play, a shard each
+    workers=1, # processes that play, a shard each, or who plays instead, see `digiq.core.share`
     sequential:bool=False, # tasks as they stand, instead of in a random order
 ) -> EpisodeStore: # the finished set
     "Play and record what is missing of a set. Raises `DigiqError` where the set was begun with other settings."
@@ -130,12 +130,15 @@ def collect(
         order = schedule(tasks, cfg.episodes, *stream, sequential=sequential)
         episodes = [(i, task, derive_seed(*stream, i)) for i, task in enumerate(order)]
         shards = [episodes[i:i + cfg.shard] for i in range(0, cfg.episodes, cfg.shard)]
-        def make(k, advance):
+        def make(shard, advance):
+            k, waiting = shard
             seed_all(*stream, "shard", k)
-            envs = [make_env(tasks, cfg.horizon) for _ in shards[k][:cfg.phones]]
-            store.write_shard(k, play(envs, shards[k], policy, cfg, advance))
+            envs = [make_env(tasks, cfg.horizon) for _ in waiting[:cfg.phones]]
+            rows = play(envs, waiting, policy, cfg, advance)
             for env in envs: env.close()
-        store.shards.fill([len(s) for s in shards], make, name, workers, stage.save)
+            return rows
+        sizes, read = [len(s) for s in shards], lambda k: (k, shards[k])
+        store.shards.fill(sizes, read, make, store.write_shard, name, workers, stage.save)
         stage.counts |= counts(store)
     return store
 

@@ -6,6 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/runs/68_runs.ipynb #68-002
-from .presets import Preset, device_settings, from_nbs, given, is_sequential, judge_settings, load_preset, one_temperature, parameter, words
+from .presets import Preset, device_settings, evaluates, from_nbs, given, is_sequential, judge_settings, load_preset, one_temperature, parameter, words
 from .experiment import Experiment, open_run, preset_of
-from . import agents, diagnosis, estimates, hub # more methods of an experiment, and of what it makes
+from . import agents, diagnosis, elsewhere, estimates, hub # more methods of an experiment, and of what it makes

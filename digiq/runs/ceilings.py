@@ -48,7 +48,7 @@ def truths(
     run:Run, # with finished stages "episodes" and "proposals"
     tasks:list, # among them those of the episodes
     phone:SimPhone, # one like those on which they were played
-    workers:int=1, # processes, some episodes each
+    workers=1, # processes, some episodes each, or who works instead, see `digiq.core.share`
     shard:int=40 # episodes a file
 ) -> pd.DataFrame: # rows as of `truth_of`, states in the order in which they were recorded
     "The truth about all recorded candidates; continues where it was cut off"
@@ -58,14 +58,15 @@ def truths(
             proposals, episodes = Proposals(run.path/"proposals"), [e
                 for _, e in EpisodeStore(run.path/"episodes").episodes().groupby("episode")]
             parts = [episodes[i:i + shard] for i in range(0, len(episodes), shard)]
-            def make(k, advance):
+            proposals.index # read here, so that it goes along to wherever a shard is made
+            def make(part, advance):
                 rows, file = [], io.BytesIO()
-                for e in parts[k]:
+                for e in part:
                     rows += truth_of(e, named[e.task_id.iloc[0]], proposals, phone)
                     advance(1)
                 pd.DataFrame(rows).to_parquet(file, index=False)
-                out.write(k, file.getvalue())
-            out.fill([len(p) for p in parts], make, "the truth", workers, stage.save)
+                return file.getvalue()
+            out.fill([len(p) for p in parts], parts.__getitem__, make, out.write, "the truth", workers, stage.save)
     return pd.concat([pd.read_parquet(f) for f in out.paths()], ignore_index=True)
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-010

@@ -9,6 +9,7 @@ __all__ = ['Experiment', 'open_run', 'recorded_settings', 'preset_of', 'readable
 import filecmp, json, os, platform, re, shutil, tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Sequence
 
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from .. import __version__, tasks
+from ..cluster.nodes import Cluster
+from ..cluster.phones import far_phones, serve
 from ..core import ConfigError, DataError, DigiqError, Run, atomic, from_dict, read_json, read_log, threads, to_dict, write_json
 from ..data import Embeddings, EpisodeStore, Proposals
 from ..env import DeviceEnv
@@ -53,15 +56,22 @@ class Experiment(Run):
         path:str|Path, # the run directory
         preset:Preset, # all settings
         seed:int=0, # of everything random
+        cluster:str="none", # who plays, proposes and embeds: processes here, or nodes, see `digiq.cluster.nodes.connect`
     ):
         try: super().__init__(path)
         except FileExistsError: raise DigiqError(f"{path} is a file: choose another run_dir") from None
         self.preset, self.seed = preset, seed
         self.tracking = Tracking(self.path, preset.track, preset.device)
+        self.cluster = None if cluster == "none" else Cluster(cluster)
         transformers.utils.logging.disable_progress_bar() # of loading weights
 
     @property
-    def workers(self): return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
+    def workers(self):
+        if self.cluster: return self.cluster.needing(gpus=self.preset.device != "cpu")
+        return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
+
+    def __getstate__(self): # what a node is sent: settings, and nothing that was loaded
+        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None)
 
     @contextmanager
     def stage(self, name, config):
@@ -88,10 +98,11 @@ def open_run(
     run_dir:str|Path, # directory; relative to the repository where the notebook was started in nbs/
     preset:Preset|str="tiny", # or the name of one
     seed:int=0, # of everything random
+    cluster:str="none", # or the address of a Ray cluster, see `digiq.cluster.nodes.connect`
 ) -> Experiment:
     "Begin an experiment, or go on with one."
     return Experiment(from_nbs(run_dir), preset if isinstance(preset, Preset) else load_preset(preset),
-        parameter(seed, int, "seed"))
+        parameter(seed, int, "seed"), parameter(cluster, str, "cluster"))
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-030b
 def recorded_settings(
@@ -251,6 +262,14 @@ def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     "A phone of its own, with the preset's disturbance."
     return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon)
 
+# %% ../../nbs/runs/65_experiment.ipynb #65-041-5
+@patch
+def open_devices(self:Experiment): # a context manager with, for each, (tasks, horizon) -> its environment
+    "The preset's phones or emulators: of this machine, or of all nodes that have some."
+    opening = partial(open_devices, self.preset.devices, self.path/"judge")
+    resource = "kvm" if self.preset.devices.kind == "emulator" else "phone"
+    return far_phones(self.cluster, opening, resource) if self.cluster else opening()
+
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-3
 @patch
 def play(self:Experiment,
@@ -266,9 +285,10 @@ def play(self:Experiment,
     played, kind = self.tasks(split), self.preset.devices.kind
     if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
     if kind == "simphone":
-        return rollout.collect(self, played, policy, make_env or self.make_env, cfg, name, self.seed, self.workers,
-            sequential)
-    with nullcontext([]) if self.finished(name) else open_devices(self.preset.devices, self.path/"judge") as makers:
+        far = self.cluster and self.preset.device != "cpu" # who plays needs no GPU, the policy does
+        return rollout.collect(self, played, serve(self.cluster, policy) if far else policy, make_env or self.make_env,
+            cfg, name, self.seed, self.cluster or self.workers, sequential)
+    with nullcontext([]) if self.finished(name) else self.open_devices() as makers:
         return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet,
             name, self.seed, sequential) # a real phone cannot play an episode again
 
@@ -580,15 +600,18 @@ def train(
     run_dir:str, # run directory
     seed:int=0, # of everything random
     stages:Sequence[str]=("critic", "filtered_bc", "digiq"), # "representation" needs episodes, "critic" embeddings, the others are policies
+    cluster:str="none", # the address of a Ray cluster; then its nodes evaluate every policy as soon as it is there
 ):
     "What is not there yet is trained, or continued where it was cut off."
-    lab = open_run(run_dir, preset, seed)
+    lab = open_run(run_dir, preset, seed, cluster)
     for name in stages:
         if name == "representation": lab.finetune()
         elif name == "critic": lab.train_critic()
         else:
             lab.score()
             lab.train_policy(name)
+            if lab.cluster: lab.ask_evaluation(name)
+    if lab.cluster: lab.await_evaluations()
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-080x
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CollectionConfig', 'EmbeddingConfig', 'EvaluationConfig', 'Preset', 'parameter', 'words', 'from_nbs', 'preset_path',
            'overlay', 'override', 'read_preset', 'load_preset', 'given', 'judge_settings', 'device_settings',
-           'is_sequential', 'one_temperature']
+           'is_sequential', 'one_temperature', 'evaluates']
 
 # %% ../../nbs/runs/62_presets.ipynb #62p-002
 import re
@@ -252,3 +252,12 @@ def one_temperature(
 ) -> list[float]|None: # for `evaluation.temperatures`
     "A list of one, so that nothing is tuned; None leaves the preset's list."
     return None if temperature is None else [temperature]
+
+# %% ../../nbs/runs/62_presets.ipynb #62-m01
+def evaluates(
+    mode:str, # "train_and_eval", "train_and_remote_eval" or "train"
+) -> bool:
+    "Whether agents are evaluated, here or elsewhere. Raises `ConfigError` for another mode."
+    modes = {"train_and_eval": True, "train_and_remote_eval": True, "train": False}
+    if mode in modes: return modes[mode]
+    raise ConfigError(f"mode is {mode!r}: choose one of {', '.join(modes)}")

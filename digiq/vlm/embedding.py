@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..actions import is_valid, parse, press, render, tap, type_text
 from ..core import DigiqError
-from ..data import Embeddings, EpisodeStore, Proposals, first_seen
+from ..data import Embeddings, EpisodeStore, Proposals, decode_screen, first_seen
 
 # %% ../../nbs/vlm/22_embedding.ipynb #43-005
 class Embedder(Protocol):
@@ -131,7 +131,7 @@ def embed_run(
     embedder:Embedder,
     path:str|Path, # directory of the embeddings
     states:int=256, # states a shard; where a killed run continues
-    workers:int=1, # processes that embed, a shard each
+    workers=1, # processes that embed, a shard each, or who does instead, see `digiq.core.share`
     saved=lambda: None, # called after each shard, e.g. a stage's `save`
     known:list[Known]=(), # vectors that need not be computed again
 ) -> Embeddings:
@@ -141,19 +141,29 @@ def embed_run(
     out, shards = Embeddings(path), shard_pairs(proposals, states)
     shown = [contents(store, rows) for rows in shards]
     plan = first_seen(shown)
-    def make(i, advance):
-        places, new = plan[i]
-        there = {k: other.found[other.row[shown[i][k]]] for other in known for k in new if shown[i][k] in other.row}
-        todo = [k for k in new if k not in there]
-        if todo: there |= zip(todo, _embed_rows(store, embedder, [shards[i][k] for k in todo]))
-        out.write_shard(i, shards[i], np.stack([there[k] for k in new]) if new else np.zeros((0, 0)), places=places)
-        advance(len(shards[i]))
-    out.shards.fill([len(rows) for rows in shards], make, "embed pairs", workers, saved)
+    def lent(i): # row: its vector, where another run has it
+        return {k: o.found[o.row[shown[i][k]]] for o in known for k in plan[i][1] if shown[i][k] in o.row}
+    def todo(i, there): return [k for k in plan[i][1] if k not in there]
+    def read(i): # pairs, the pictures of their states, and how many rows the shard has
+        rows = [shards[i][k] for k in todo(i, lent(i))]
+        states = {(r["episode"], r["step"]) for r in rows}
+        return rows, {state: store.picture(*state) for state in states}, len(shards[i])
+    def make(pairs, advance):
+        rows, pictures, n = pairs
+        vectors = _embed_rows(embedder, rows, pictures) if rows else []
+        advance(n)
+        return vectors
+    def write(i, vectors):
+        there = lent(i)
+        there |= zip(todo(i, there), vectors)
+        features = np.stack([there[k] for k in plan[i][1]]) if there else np.zeros((0, 0))
+        out.write_shard(i, shards[i], features, places=plan[i][0])
+    out.shards.fill([len(rows) for rows in shards], read, make, write, "embed pairs", workers, saved)
     return out
 
 # %% ../../nbs/vlm/22_embedding.ipynb #43-019
-def _embed_rows(store, embedder, rows):
-    screens = {key: store.screen(*key) for key in {(r["episode"], r["step"]) for r in rows}}
+def _embed_rows(embedder, rows, pictures):
+    screens = {state: decode_screen(p) for state, p in pictures.items()}
     try: return embedder.embed([(screens[r["episode"], r["step"]], r["action"]) for r in rows])
     except EmbeddingError as e:
         r = rows[e.pairs[0]]

@@ -159,6 +159,8 @@ class VLM:
         self.model, self.processor, self.side = model, processor, side
         self.tokens = lru_cache(100_000)(lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def __reduce__(self): return type(self), (self.model, self.processor, self.side) # what is remembered stays here
+
     @classmethod
     def load(cls,
         name:str, # see `model_path`
