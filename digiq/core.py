@@ -237,6 +237,19 @@ def read_log(
     text = Path(path).read_text()
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
 
+# %% ../nbs/00_core.ipynb #00-041
+@contextmanager
+def _lock(path, what):
+    with open(path, "w") as f:
+        for patience in reversed(range(10)): # copies of a process that was killed need a moment to end, too
+            try: flock(f, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                if not patience:
+                    raise DigiqError(f"{what} is being worked on by another process; wait for it") from None
+                time.sleep(.1)
+            else: break
+        yield
+
 # %% ../nbs/00_core.ipynb #00-033
 class Run:
     "A run directory. Reading one that does not exist yet makes it."
@@ -294,19 +307,6 @@ def _difference(a, b, where=""):
     if not (isinstance(a, dict) and isinstance(b, dict)): return f"{where} was {a!r}, now {b!r}"
     key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
     return _difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-
-# %% ../nbs/00_core.ipynb #00-041
-@contextmanager
-def _lock(path, what):
-    with open(path, "w") as f:
-        for patience in reversed(range(10)): # copies of a process that was killed need a moment to end, too
-            try: flock(f, LOCK_EX | LOCK_NB)
-            except BlockingIOError:
-                if not patience:
-                    raise DigiqError(f"{what} is being worked on by another process; wait for it") from None
-                time.sleep(.1)
-            else: break
-        yield
 
 # %% ../nbs/00_core.ipynb #00-042
 @patch
