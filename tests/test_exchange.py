@@ -101,7 +101,7 @@ def test_command(kind, tmp_path, capsys):
     (tmp_path/"splits.json").write_text(json.dumps({"test": [name]}))
     main_ends(["convert", kind, str(source), str(tmp_path/"test"), "--split", f"{tmp_path/'splits.json'}:test"])
     said = capsys.readouterr().out
-    assert "1 episodes, 1 kept" in said and "hardly a failure" in said
+    assert "1 episode, 1 kept" in said and "hardly a failure" in said
     assert EpisodeStore(tmp_path/"test"/"episodes").episodes().goal.tolist() == ["Task 2"]*(2 + more)
 
 

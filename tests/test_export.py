@@ -95,7 +95,8 @@ def test_damaged_pickles_are_refused_in_words(tmp_path):
 
 
 @pytest.mark.parametrize("action", ['{"action_type": ["click"]}', '{"action_type": "scroll", "direction": {}}', '{"action_type": "click", "index": 1e400}', '{"action_type": "click", "x": NaN, "y": 1}',
-    '{"action_type": "status", "goal_status": []}', '{"action_type": "click", "x": 1' + "0"*400 + ', "y": 1}', "[" * 9999, '{"a": ' * 9999, '{"action_type": "input_text"}', '{"action_type": "click", "index": "7"}'])
+    '{"action_type": "status", "goal_status": []}', '{"action_type": "click", "x": 1' + "0"*400 + ', "y": 1}', "[" * 9999, '{"a": ' * 9999, '{"action_type": "input_text"}', '{"action_type": "click", "index": "7"}',
+    '{"action_type": "open_app", "app_name": [1]}', '{"action_type": "long_press", "x": {}, "y": 1}', '{"action_type": "long_press"}'])
 def test_answers_that_mean_nothing_are_kept_as_text(action):
     episode = plain_episode()
     episode["episode_data"] |= dict(raw_screenshot=[None], action_output=[f"Reason: .\nAction: {action}"])

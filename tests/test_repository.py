@@ -5,7 +5,9 @@ import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
-from notebooks import cells, library, module, page, paths, root, runs, tree, troubles
+from notebooks import cells, formats, library, module, page, paths, root, runs, tree, troubles
+
+from digiq.exchange.kinds import KINDS
 
 every = pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 each_library = pytest.mark.parametrize("path", library, ids=lambda p: p.stem)
@@ -74,6 +76,11 @@ def test_page_of_troubles_shows_what_its_cells_check():
         rows = [[ast.literal_eval(part) for part in row.elts[:3]] for row in tree(cell)[0].value.args]
         shown = cell.outputs[0]["data"]["text/markdown"].splitlines()[2:]
         assert shown == [f"| {' | '.join(row)} |" for row in rows], "run the page again"
+
+
+def test_page_of_formats_lists_every_kind():
+    text = "\n".join(cell.source for cell in cells(formats, "markdown"))
+    assert set(re.findall(r"`digiq convert ([a-z-]+) ", text)) == {*KINDS, "released"}
 
 
 def test_presets_travel_with_the_package():

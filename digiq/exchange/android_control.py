@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..actions import ActionError, press, swipe, tap, type_text
+from ..actions import ActionError, long_press, open_app, press, swipe, tap, type_text, wait
 from ..core import DataError
 from .importing import Imported, Step, step
 from .tfrecord import Example, examples
@@ -33,8 +33,9 @@ def _scroll(said):
     return swipe(*FINGERS[direction])
 
 OURS = dict( # by `action_type`: the action, from what is said and the size of the screen
-    click=lambda said, size: tap(*_place(said, size)), scroll=lambda said, size: _scroll(said),
-    input_text=lambda said, size: type_text(said.get("text")),
+    click=lambda said, size: tap(*_place(said, size)), long_press=lambda said, size: long_press(*_place(said, size)),
+    scroll=lambda said, size: _scroll(said), input_text=lambda said, size: type_text(said.get("text")),
+    open_app=lambda said, size: open_app(said.get("app_name")), wait=lambda said, size: wait(),
     navigate_home=lambda said, size: press("home"), navigate_back=lambda said, size: press("back"))
 
 # %% ../../nbs/exchange/53b_android_control.ipynb #55-007

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..core import ConfigError, DataError, atomic, progress, write_json
 from ..data import EpisodeStore
+from ..released.episodes import counted
 
 # %% ../../nbs/exchange/54_export.ipynb #59a-007
 def open_store(
@@ -112,8 +113,8 @@ def summary(
     out:str|Path, # where it wrote
 ) -> str: # lines
     "What was exported, for a terminal."
-    first = ", ".join(f"{n} {what}" for what, n in counts.items() if what != "left_out")
-    left = [f"left out: {n} steps {why}" for why, n in counts.get("left_out", {}).items()]
+    first = ", ".join(counted(n, what) for what, n in counts.items() if what != "left_out")
+    left = [f"left out: {counted(n, 'steps')} {why}" for why, n in counts.get("left_out", {}).items()]
     return "\n".join([f"{first}: {out}", *left])
 
 # %% ../../nbs/exchange/54_export.ipynb #59a-021

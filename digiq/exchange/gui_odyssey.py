@@ -10,7 +10,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ..actions import ActionError, complete, impossible, press, swipe, tap, type_text
+from ..actions import ActionError, complete, impossible, long_press, press, swipe, tap, type_text
 from ..core import DataError
 from .aitz import field, read_foreign
 from .importing import Imported, Step, ending, step
@@ -32,7 +32,8 @@ def _scroll(info):
     return swipe(y0, x0, y1, x1)
 
 OURS = dict( # by `action`: the action, from `info`
-    CLICK=_click, SCROLL=_scroll, TYPE=type_text, TEXT=type_text, HOME=lambda info: press("home"), BACK=lambda info: press("back"),
+    CLICK=_click, LONG_PRESS=lambda info: long_press(*_places(info, 1)[0]), SCROLL=_scroll,
+    TYPE=type_text, TEXT=type_text, HOME=lambda info: press("home"), BACK=lambda info: press("back"),
     COMPLETE=lambda info: complete(), IMPOSSIBLE=lambda info: impossible(), INCOMPLETE=lambda info: impossible())
 KEYS = ("KEY_HOME", "KEY_BACK")
 
@@ -45,7 +46,7 @@ def read_action(
 ) -> Step:
     "A step of ours; in the source's own words where ours cannot say it."
     words = json.dumps(dict(action=action, info=info), ensure_ascii=False)
-    if isinstance(info, str) and action in ("CLICK", "LONG_PRESS") and info not in KEYS:
+    if isinstance(info, str) and (action == "CLICK" and info not in KEYS or action == "LONG_PRESS"):
         return Step(screen, words, f"{action} of {info[:40]}", notes=notes)
     if action not in OURS: return Step(screen, words, action[:40], notes=notes)
     return step(screen, partial(OURS[action], info), words, notes=notes)

@@ -19,7 +19,7 @@ from ..actions import Action, decision, render
 from ..core import DataError, DigiqError, Run, derive_seed, progress, read_json, write_json
 from ..data import EpisodeStore, Shards
 from ..env import prompt
-from ..released.episodes import EPISODES, LEFT_OUT, Broken, Oddity
+from ..released.episodes import EPISODES, LEFT_OUT, Broken, Oddity, counted
 from ..tasks import level
 
 # %% ../../nbs/exchange/53_importing.ipynb #53-006
@@ -30,7 +30,7 @@ class Step:
     "What was done on a screen"
     screen:bytes|Image.Image|None # before the action: a checked picture file, or a picture; None where there is none
     action:Action|str # one of ours; or, where ours cannot say it, the source's own words
-    odd:str="" # what ours cannot say, e.g. "long_press"; "" where all is well
+    odd:str="" # what ours cannot say, e.g. "double_tap"; "" where all is well
     done:str=UNREADABLE # what was done about it
     notes:dict=field(default_factory=dict) # what else the source says, text by its own name: a thought, an instruction
 
@@ -171,8 +171,8 @@ def _report(out):
     if not report["kept"]:
         raise DataError(f"none of {report['episodes']} episodes is whole, the first because: {single[0]['what']}")
     counts = sum((Counter({(what, done): n for what, done, n in p["counts"]}) for p in parts), Counter())
-    counted = [asdict(Oddity(None, None, f"{n} step{'s'*(n > 1)}: {what}", done)) for (what, done), n in counts.most_common()]
-    return report | dict(oddities=counted + single)
+    repeated = [asdict(Oddity(None, None, f"{counted(n, 'steps')}: {what}", done)) for (what, done), n in counts.most_common()]
+    return report | dict(oddities=repeated + single)
 
 # %% ../../nbs/exchange/53_importing.ipynb #53-026
 def members(

@@ -18,13 +18,13 @@ from .export import chosen, new_directory, save_picture
 def drawn(
     action:str, # as the policy wrote it; "" where there is none
     error:str="", # why it was malformed
-) -> dict: # `words`, `kind`, and `points` [x, y] from 0 to 1: one of a tap, two of a swipe
+) -> dict: # `words`, `kind`, and `points` [x, y] from 0 to 1: one of a tap or a long press, two of a swipe
     "An action as the page shows it."
     if not action and not error: return dict(kind="end", words="end of the episode", points=[])
     try: a = parse(action)
     except ActionError: return dict(kind="malformed", words=action, points=[])
-    kind = "tap" if a.is_tap else "swipe" if a.is_swipe else "other"
-    points = [a.touch, a.lift] if a.is_swipe else [a.touch] if a.is_tap else []
+    kind = "swipe" if a.is_swipe else "tap" if a.is_tap or a.kind == "LONG_PRESS" else "other"
+    points = dict(swipe=[a.touch, a.lift], tap=[a.touch]).get(kind, [])
     return dict(kind=kind, words=in_words(a), points=[[x, y] for y, x in points])
 
 # %% ../../nbs/exchange/54b_web.ipynb #59c-010
