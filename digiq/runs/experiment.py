@@ -203,7 +203,7 @@ def take_over(self:Experiment,
     record = source/"stages"/"converted.json"
     if not record.exists() or not read_json(record)["done"]:
         raise DigiqError(
-            f"{source} holds no converted episodes: run digiq convert released FILE {source} first, to its end")
+            f"{source} holds no converted episodes: run digiq convert KIND FILE {source} first, to its end")
     counts = read_json(record)["counts"]
     with self.stage(name, {"converted": counts}) as stage:
         if not stage.done:

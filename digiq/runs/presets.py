@@ -33,7 +33,7 @@ class CollectionConfig:
     episodes:int=560 # how many
     phones:int=80 # played at once
     shard:int=80 # episodes a file; what a killed run loses is at most this
-    recorded:str="" # directory of episodes that `digiq.released.episodes.convert` took over, with what they have of candidates and embeddings; then nothing is played
+    recorded:str="" # directory of episodes that `digiq convert` took over, with what they have of candidates and embeddings; then nothing is played
 
 # %% ../../nbs/runs/62_presets.ipynb #65-005-2
 @dataclass(frozen=True)
