@@ -154,9 +154,9 @@ def collected(path, workers=1, policy=troubles.Thrown()):
 
 @inside
 def test_straggler_in_collection(machines, cluster, tmp_path):
-    mark, cluster.patience = tmp_path/"hangs", Patience(slow=100.) # time enough for the straggler to begin
-    node = machines.add(DIGIQ_TEST_HANGS=mark)
-    assert collected(tmp_path/"there", cluster) == collected(tmp_path/"here") and mark.exists()
+    mark, cluster.patience = tmp_path/"hangs", Patience(slow=1.5)
+    node, policy = machines.add(DIGIQ_TEST_HANGS=mark), troubles.Waiting(mark) # nobody is done before the straggler has begun
+    assert collected(tmp_path/"there", cluster, policy) == collected(tmp_path/"here", policy=policy)
     machines.remove(node)
 
 

@@ -42,6 +42,14 @@ class Thrown:
     def act(self, goals, *seen, n, temperature): return [[render(tap(.5, .5) if self.toss() else press("back"))] for _ in goals]
 
 
+class Waiting(Thrown):
+    "Tosses its coin once a file is there."
+    def __init__(self, mark): self.mark = mark
+    def act(self, goals, *seen, n, temperature):
+        while not self.mark.exists(): time.sleep(.05)
+        return super().act(goals, *seen, n=n, temperature=temperature)
+
+
 class ThrownByTorch(Thrown):
     def toss(self):
         import torch
