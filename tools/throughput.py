@@ -18,7 +18,7 @@ def measure():
     "Steps a second, by number of nodes."
     machines, rates = Machines(), {}
     for n in NODES:
-        while machines.n < n: machines.add(cpus=0, resources={"phone": PHONES})
+        while len(machines.ray.worker_nodes) < n: machines.add(cpus=0, resources={"phone": PHONES})
         with far_phones(Cluster(machines.ray.address), partial(sleepy_phones, PHONES, LATENCY)) as makers:
             assert len(makers) == n * PHONES
             steps_per_second(makers, 1) # everybody has imported everything
