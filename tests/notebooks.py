@@ -8,7 +8,8 @@ root = Path(__file__).resolve().parent.parent
 paths = sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 page = root/"nbs"/"00_digiq.ipynb" # the method on one page: it exports nothing, and nothing imports it
 troubles = root/"nbs"/"90_when_something_fails.ipynb" # errors and what to do: it exports nothing either
-library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles)]
+clusters = root/"nbs"/"93_clusters.ipynb" # a page that shows the examples of clusters
+library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, clusters)]
 runs = [p for p in paths if not p.name[0].isdigit() and p.stem != "index"]
 
 

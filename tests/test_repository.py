@@ -5,7 +5,7 @@ import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
-from notebooks import cells, library, module, page, paths, root, runs, tree, troubles
+from notebooks import cells, clusters, library, module, page, paths, root, runs, tree, troubles
 
 every = pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 each_library = pytest.mark.parametrize("path", library, ids=lambda p: p.stem)
@@ -74,6 +74,13 @@ def test_page_of_troubles_shows_what_its_cells_check():
         rows = [[ast.literal_eval(part) for part in row.elts[:3]] for row in tree(cell)[0].value.args]
         shown = cell.outputs[0]["data"]["text/markdown"].splitlines()[2:]
         assert shown == [f"| {' | '.join(row)} |" for row in rows], "run the page again"
+
+
+def test_page_of_clusters_shows_the_examples():
+    folder = root/"nbs"/"cluster"/"examples"
+    shown = {ast.literal_eval(cell.source[5:-1]): cell.outputs[0]["data"]["text/markdown"] for cell in cells(clusters) if cell.source.startswith("show(")}
+    assert module(clusters) is None and shown.keys() == {p.name for p in folder.iterdir()}
+    for name, text in shown.items(): assert text.partition("\n")[2] == (folder/name).read_text() + "```", "run the page again"
 
 
 def test_presets_travel_with_the_package():
