@@ -84,8 +84,8 @@ def executed(
     "A notebook that papermill executed to the end."
     try: nb = nbformat.read(path, as_version=4)
     except (OSError, ValueError): return None # cut off while it was written
-    about = nb.metadata.get("papermill", {})
-    return nb if about.get("end_time") and not about.get("exception") else None
+    done = [cell.metadata.get("papermill", {}).get("status") == "completed" for cell in nb.cells]
+    return nb if done and all(done) else None # interrupted, it has an end all the same
 
 # %% ../../nbs/runs/69_sweep.ipynb #69-012
 def is_finished(
