@@ -84,8 +84,8 @@ def executed(
     "A notebook that papermill executed to the end."
     try: nb = nbformat.read(path, as_version=4)
     except (OSError, ValueError): return None # cut off while it was written
-    done = [cell.metadata.get("papermill", {}).get("status") == "completed" for cell in nb.cells]
-    return nb if done and all(done) else None # interrupted, it has an end all the same
+    done = [cell.metadata.get("papermill", {}).get("exception") is False for cell in nb.cells]
+    return nb if done and all(done) else None # an interrupted one says completed of every cell, and None here
 
 # %% ../../nbs/runs/69_sweep.ipynb #69-012
 def is_finished(
