@@ -19,7 +19,7 @@ import yaml
 from .. import __file__ as package
 from ..cluster.dispatch import Patience
 from ..cluster.nodes import Cluster
-from ..core import ConfigError, DigiqError, atomic, progress, read_json, share
+from ..core import ConfigError, atomic, progress, read_json, share
 from .evaluation import pooled, table
 from .presets import Preset, evaluates, from_nbs, load_preset
 
