@@ -5,7 +5,7 @@ from pathlib import Path
 import jsonschema, nbformat, pytest, yaml
 from notebooks import root
 
-from digiq.core import read_json
+from digiq.core import ConfigError, read_json
 from digiq.runs.sweep import executed, sweep
 
 EXAMPLES = root/"nbs"/"cluster"/"examples"
@@ -66,6 +66,11 @@ def test_a_kernel_that_dies_stops_no_other(toy, monkeypatch):
     monkeypatch.chdir(toy)
     done = sweep(["smoke"], [0, 1], out="runs", notebook="toy.ipynb")
     assert done.errors == {Path("runs/seed0"): "its process was killed, perhaps for want of memory"} and [r["seed"] for r in done.runs["smoke"]] == [1]
+
+
+def test_an_installed_wheel_says_so(monkeypatch):
+    monkeypatch.setattr("digiq.runs.sweep.package", "/nowhere/digiq/__init__.py")
+    with pytest.raises(ConfigError, match=r"there is no /nowhere/nbs/train.ipynb: run it in a source checkout"): sweep()
 
 
 def executable(path, text):
