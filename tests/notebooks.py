@@ -9,7 +9,8 @@ paths = sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" 
 page = root/"nbs"/"00_digiq.ipynb" # the method on one page: it exports nothing, and nothing imports it
 troubles = root/"nbs"/"90_when_something_fails.ipynb" # errors and what to do: it exports nothing either
 formats = root/"nbs"/"92_bring_your_data.ipynb" # what can be taken over and given to others: nor does this
-library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats)]
+clusters = root/"nbs"/"93_clusters.ipynb" # a page that shows the examples of clusters
+library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats, clusters)]
 runs = [p for p in paths if not p.name[0].isdigit() and p.stem != "index"]
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
-from notebooks import cells, formats, library, module, page, paths, root, runs, tree, troubles
+from notebooks import cells, clusters, formats, library, module, page, paths, root, runs, tree, troubles
 
 from digiq.exchange.kinds import KINDS
 
@@ -81,6 +81,13 @@ def test_page_of_troubles_shows_what_its_cells_check():
 def test_page_of_formats_lists_every_kind():
     text = "\n".join(cell.source for cell in cells(formats, "markdown"))
     assert set(re.findall(r"`digiq convert ([a-z-]+) ", text)) == {*KINDS, "released"}
+
+
+def test_page_of_clusters_shows_the_examples():
+    folder = root/"nbs"/"cluster"/"examples"
+    shown = {ast.literal_eval(cell.source[5:-1]): cell.outputs[0]["data"]["text/markdown"] for cell in cells(clusters) if cell.source.startswith("show(")}
+    assert module(clusters) is None and shown.keys() == {p.name for p in folder.iterdir()}
+    for name, text in shown.items(): assert text.partition("\n")[2] == (folder/name).read_text() + "```", "run the page again"
 
 
 def test_presets_travel_with_the_package():
