@@ -121,7 +121,7 @@ def test_machines_example_is_what_ray_takes():
     assert json.loads(said) == {"phone": 2}
 
 
-# Fields of ray.io/v1 in KubeRay 1.6 that the example may use, of those in its reference of the API; True for any content
+# Fields of ray.io/v1 that the example may use, written by hand from KubeRay's sources and reference (about 1.6); True for any content
 PODS = {"metadata": True, "spec": True}
 GROUP = {"rayStartParams": True, "template": PODS}
 KUBERAY = {"apiVersion": True, "kind": True, "metadata": True, "spec": {
