@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from digiq.actions import render
 from digiq.env import AnyText, SharedTexts
 from digiq.phone import oracle
-from digiq.phone.envs import NAMES
+from digiq import NAMES
 from notebooks import root
 
 NAME = next(iter(NAMES))
@@ -27,9 +27,9 @@ def fresh(code):
 def test_by_name_alone():
     "The name imports what registers it; without the module gymnasium knows no such namespace."
     made = "import gymnasium as gym; print(gym.make({!r}, scale=.05).reset(seed=1)[1]['task_id'])"
-    assert fresh(made.format(f"digiq.phone.envs:{NAME}")).startswith("webshop-train-")
+    assert fresh(made.format(f"digiq:{NAME}")).startswith("webshop-train-")
     assert "NamespaceNotFound" in fresh(made.format(NAME))
-    assert fresh("import digiq.phone.envs\n" + made.format(NAME)).startswith("webshop-train-")
+    assert fresh("import digiq\n" + made.format(NAME)).startswith("webshop-train-")
 
 
 def same(a, b):

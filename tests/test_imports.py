@@ -13,8 +13,8 @@ light = [name for path in library if (name := module(path)) and path.parent.name
 
 def room(name):
     "The package of a module; the ground floor has none."
-    first = name.split(".")[1]
-    return first if first in rooms else ""
+    first = name.split(".")[1:2]
+    return first[0] if first and first[0] in rooms else ""
 
 
 def source(name):
