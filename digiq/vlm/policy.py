@@ -43,6 +43,8 @@ class VLMPolicyConfig:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"vlm_policy.dtype is {self.dtype!r}: choose float32 or bfloat16")
+        if self.thoughts and self.language == "auto-ui":
+            raise ConfigError("vlm_policy.thoughts: the language auto-ui has no place for them, choose another")
         if self.screens not in (1, 2): raise ConfigError(f"vlm_policy.screens is {self.screens}: choose 1 or 2")
 
 # %% ../../nbs/vlm/26_policy.ipynb #aff5f5ae
@@ -53,6 +55,7 @@ class VLMPolicy(Policy):
         cfg:VLMPolicyConfig, # how it acts
     ):
         self.vlm, self.cfg, self.language, self.history = vlm, cfg, find_language(cfg.language), cfg.history
+        self.sizes = {} # of pictures, before and after the processor's own resizing
         vlm.processor.tokenizer.padding_side = "left" # answers follow prompts
         self.positions = next((m for m in vlm.model.modules() if hasattr(m, "rope_deltas")), None) # Qwen's own
 
@@ -151,10 +154,16 @@ def size(self:VLMPolicy,
     seen:tuple, # pictures, from `see`
 ) -> tuple[int, int]: # width and height, pixels
     "The size of the latest picture after the processor's own resizing, which languages that count pixels refer to."
-    grid = self.vlm.processor.image_processor(images=[seen[-1]], return_tensors="pt").get("image_grid_thw")
-    if grid is None: return seen[-1].size
-    patch = self.vlm.processor.image_processor.patch_size
-    return int(grid[0, 2]) * patch, int(grid[0, 1]) * patch
+    latest = seen[-1]
+    if latest.size not in self.sizes: self.sizes[latest.size] = self._resized(latest)
+    return self.sizes[latest.size]
+
+@patch
+def _resized(self:VLMPolicy, picture):
+    processor = self.vlm.processor.image_processor
+    grid = processor(images=[picture], return_tensors="pt").get("image_grid_thw")
+    if grid is None: return picture.size
+    return int(grid[0, 2])*processor.patch_size, int(grid[0, 1])*processor.patch_size
 
 # %% ../../nbs/vlm/26_policy.ipynb #34e3ceb9
 @patch
@@ -261,7 +270,7 @@ def _whole(self:VLMPolicy, prompts, seen, labels): # the same, without a cache
     more = dict(input_ids=labels.clamp(min=0), attention_mask=(labels != -100).long())
     for k, v in inputs.items(): # what there is of each token
         if v.shape == length: inputs[k] = torch.cat([v, more.get(k, torch.zeros_like(labels)).to(v.dtype)], 1)
-    return self.model(**inputs, use_cache=False).logits[:, -labels.shape[1] - 1:-1]
+    return self.model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
 
 # %% ../../nbs/vlm/26_policy.ipynb #26-025
 @patch
