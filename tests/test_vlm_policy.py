@@ -103,7 +103,7 @@ def train(family, folder, cut=None, **how):
         return real(*args)
     agent.log_prob = counted
     data = type("Steps", (), {"here": np.arange(6)})
-    cfg = ActorConfig(lr=3e-3, steps=16, batch=4, save_every=4, interpolation=.5)
+    cfg = ActorConfig(lr=3e-2 if how.get("lora") else 3e-3, steps=16, batch=4, save_every=4, interpolation=.5)
     prompts = [prompt(f"Buy lamp {i}", "") for i in range(6)]
     history = fit_policy(agent, data, prompts, Pictures(None), scores, (np.arange(6), np.ones(6, np.float32)), cfg, seed=3, training_state=folder/"state.safetensors")
     return [h["loss"] for h in history], [w.detach().clone() for w in agent.weights()]

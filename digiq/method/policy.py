@@ -183,7 +183,7 @@ def _check_log_probs(policy, prompts, seen, actions, eps):
     together = policy.log_prob(prompts, seen, actions)
     assert together.shape == (len(seen),) and (together <= 0).all(), "`log_prob` must give a log-probability a state"
     with torch.no_grad(): alone = policy.log_prob(prompts[:1], seen[:1], actions[:1])
-    assert abs(float(together[0] - alone[0])) < eps, "a log-probability must not depend on what stands beside it"
+    assert abs(float(together[0].detach() - alone[0])) < eps, "a log-probability must not depend on what stands beside it"
     grads = torch.autograd.grad(together.sum(), policy.weights(), allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in grads), "`log_prob` must have gradients"
     before = policy.weights()[0].detach().clone()

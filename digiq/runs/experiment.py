@@ -48,7 +48,8 @@ from ..vlm.embedding import Embedder, Known, embed_run
 from ..vlm.hf import HFEmbedder
 from ..vlm.http import HTTPEmbedder
 from ..vlm.policies import load_policy
-from ..vlm.representation import model_path
+from ..vlm.representation import VLM, model_path
+from ..vlm.shared import Shared
 from ..vlm.vllm import VLLMEmbedder, export
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-025
@@ -228,16 +229,27 @@ def width(self:Experiment) -> int:
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
+    shared:Shared|None=None, # models in memory, of which it may use one
 ) -> Policy:
     "A policy; one that looks at image features sees through `image_encoder`."
     image_encoder = self.image_encoder if not self.preset.collection.recorded else lambda *screens: self.image_encoder(*screens) # training on what is recorded needs none
-    return _load("the policy", str(name), lambda p: load_policy(p, self.preset.vlm_policy, image_encoder, self.preset.device))
+    p = self.preset
+    return _load("the policy", str(name), lambda path: load_policy(path, p.vlm_policy, image_encoder, p.device, shared))
+
+@patch(as_prop=True)
+def shared(self:Experiment) -> Shared|None:
+    "Models in memory that policies and f(s, a) share, where the preset says so."
+    if not self.preset.representation.shared: return None
+    if "_shared" not in self.__dict__: self._shared = Shared()
+    return self._shared
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-038-2
 @patch
-def base_policy(self:Experiment) -> Policy:
+def base_policy(self:Experiment,
+    shared:Shared|None=None, # models in memory, of which it may use one, if it is not to be trained
+) -> Policy:
     "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
-    policy = self.load_policy(self.preset.policy)
+    policy = self.load_policy(self.preset.policy, shared)
     if policy.width not in (None, self.width):
         whose = "the recorded ones have" if self.has("screens") else f"the image encoder {self.preset.image_encoder!r} gives"
         raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.width}, but {whose} "
@@ -248,7 +260,7 @@ def base_policy(self:Experiment) -> Policy:
 @patch(as_prop=True)
 def behaviour(self:Experiment) -> Policy:
     "The behaviour policy."
-    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
+    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy(self.shared)
     return self._behaviour
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041
@@ -441,7 +453,8 @@ def embedder(self:Experiment) -> Embedder:
     self.require("representation")
     cfg, how = self.preset.representation, self.preset.embedding
     with readable(self.path/"checkpoints"/"representation") as path:
-        if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device)
+        load = self.shared.load if cfg.shared else VLM.load
+        if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device, load)
         renamed = path.with_name("representation.vllm")
         if not renamed.exists(): export(path, renamed)
         return HTTPEmbedder(list(how.servers), renamed, cfg,

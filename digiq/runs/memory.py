@@ -66,7 +66,7 @@ def memory(
     return pd.Series(dict(collect=acting, propose=needs.sampling(preset.proposals.batch, preset.proposals.n),
         finetune=needs.training(preset.representation.batch, _per_question(preset, config), 1, preset.representation),
         embed=embedding, train_policy=needs.training(preset.actor.batch, needs.prompt + needs.answer, needs.answer, needs.how),
-        rerank=needs.sampling(preset.evaluation.phones, preset.evaluation.rerank) + embedding))/GB
+        rerank=needs.sampling(preset.evaluation.phones, preset.evaluation.rerank) + embedding - preset.representation.shared*needs.weights))/GB
 
 def _per_question(preset, config): # tokens of a question about a screen
     return picture_tokens(config, preset.representation.side) + round(100/CHARACTERS)
@@ -77,6 +77,7 @@ class _Needs:
     def __init__(self, preset, config):
         self.preset, self.config, self.how, text = preset, config, preset.vlm_policy, config.text_config
         self.count, self.prompt, self.answer = count(config)["model"], prompt_tokens(preset, config), preset.vlm_policy.max_new_tokens
+        self.weights = _bytes(self.how.dtype)*self.count
         heads = text.num_key_value_heads*(text.hidden_size//text.num_attention_heads)
         self.layers, self.width, self.token = text.num_hidden_layers, text.hidden_size, 2*text.num_hidden_layers*heads
 

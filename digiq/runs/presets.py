@@ -106,6 +106,12 @@ class Preset:
             value = self
             for part in name.split("."): value = getattr(value, part)
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
+        shared = self.representation.shared and dict(model=self.policy, embed_dtype=self.vlm_policy.dtype)
+        for name, value in (shared or {}).items():
+            if getattr(self.representation, name) != value:
+                raise ConfigError(f"representation.shared: the policy's weights serve f(s, a), too, so set representation.{name} to {value}")
+        if shared and self.embedding.engine != "transformers":
+            raise ConfigError("representation.shared needs embedding.engine transformers")
         for name in ("critic", "actor"):
             if getattr(self, name).reference:
                 raise ConfigError(

@@ -233,6 +233,6 @@ def finetune(
     if config.recompute: vlm.model.gradient_checkpointing_disable()
     if skeleton: vlm.model = _whole(accelerator, head, skeleton)
     if vlm.model:
-        if adapted: vlm.model = adapted[-1].merge_and_unload()
+        if adapted: vlm.model = adapted[-1] if config.shared else adapted[-1].merge_and_unload()
         vlm.model.to(getattr(torch, config.dtype)).requires_grad_(True)
     return report | {"changed": float(examples.changed.mean()), "losses": losses}

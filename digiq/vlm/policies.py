@@ -12,6 +12,7 @@ from ..foreign import fetch
 from ..method.autoui import AutoUIPolicy, ImageEncoder
 from ..method.policy import Policy
 from .policy import VLMPolicy, VLMPolicyConfig
+from .shared import Shared
 
 # %% ../../nbs/vlm/27_policies.ipynb #9062d470
 def load_policy(
@@ -19,8 +20,10 @@ def load_policy(
     cfg:VLMPolicyConfig=VLMPolicyConfig(), # how a VLM acts; without a language, as it was saved
     image_encoder:ImageEncoder|None=None, # pictures to features, for a policy that looks at them
     device:str="cpu", # where to run it
+    shared:Shared|None=None, # models in memory, of which a VLM may use one
 ) -> Policy:
     "Load a policy of any kind. Raises what its `from_pretrained` raises."
     path = fetch(path)
-    if cfg.language or (Path(path)/"policy.json").exists(): return VLMPolicy.from_pretrained(path, cfg, device)
+    if cfg.language or (Path(path)/"policy.json").exists():
+        return VLMPolicy.from_pretrained(path, cfg, device, shared)
     return AutoUIPolicy.from_pretrained(path, image_encoder, device)

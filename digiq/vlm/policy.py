@@ -25,6 +25,7 @@ from ..languages import find_language
 from ..method.policy import Policy
 from .finetuning import adapters
 from .representation import VLM, squash
+from .shared import Shared, base_of
 
 # %% ../../nbs/vlm/26_policy.ipynb #26-006
 @dataclass(frozen=True)
@@ -326,6 +327,7 @@ def from_pretrained(cls:VLMPolicy,
     path:str|Path, # directory that `save` wrote; with `cfg` any VLM's, or its name on the Hub
     cfg:VLMPolicyConfig=VLMPolicyConfig(), # how it acts; without a language, as it was saved
     device:str="cpu", # where to run it
+    shared:Shared|None=None, # models in memory, of which it may use one
 ) -> VLMPolicy:
     "Load a policy. Raises `DataError` where a directory holds a VLM that does not say how it acts."
     path = fetch(path)
@@ -333,16 +335,12 @@ def from_pretrained(cls:VLMPolicy,
     if not cfg.language:
         if not told.exists(): raise DataError(f"{told} is missing: set vlm_policy.language and side in the preset")
         cfg = from_dict(VLMPolicyConfig, read_json(told), told.name)
-    base = _base(Path(path))
-    vlm = VLM.load(base, cfg.side, cfg.dtype, device)
-    if base != str(path): vlm.model = _merged(vlm.model, path)
+    if shared: return cls(shared.load(path, cfg.side, cfg.dtype, device), cfg)
+    vlm = VLM.load(base_of(path), cfg.side, cfg.dtype, device)
+    if base_of(path) != str(path): vlm.model = _merged(vlm.model, path)
     return cls(vlm, cfg)
 
 # %% ../../nbs/vlm/26_policy.ipynb #95b51805
-def _base(path): # of a model, or of adapters
-    adapter = path/"adapter_config.json"
-    return read_json(adapter)["base_model_name_or_path"] if adapter.exists() else str(path)
-
 def _merged(model, path): # adapters become part of the weights
     from peft import PeftModel
     return PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
