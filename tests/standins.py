@@ -45,7 +45,8 @@ def make(folder):
 class Easy(Experiment):
     "An experiment whose goal is to leave the launcher."
     def make_env(self, tasks, horizon):
-        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, evaluator=lambda task, before, after, device: float(device.state()["app"] != "launcher"))
+        left = lambda task, before, after, device: float(device.state()["app"] != "launcher")
+        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, left, self.behaviour.history)
 
 
 class OnNodes(Easy):
