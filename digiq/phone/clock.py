@@ -102,7 +102,7 @@ def time_there(
 @patch
 def page_world(self:Clock, state, ep):
     drop = lambda c: ui.icon_button("close", ("drop city", c["id"]), 44, f"remove {c['name']}", ui.MUTED)
-    rows = [design.list_row(c["name"], None, f"{ZONES[c['name']]:+d} hours", trail=ui.row(ui.text(time_there(c["name"]), design.HEAD), drop(c), width="wrap", gap=24))
+    rows = [design.list_row(c["name"], None, f"{abs(ZONES[c['name']])} h {'ahead' if ZONES[c['name']] > 0 else 'behind'}", trail=ui.row(ui.text(time_there(c["name"]), design.HEAD), drop(c), width="wrap", gap=24))
             for c in state["data"]["cities"]]
     here = design.card(ui.text(clock_time(*NOW), 120), ui.text("Here", design.BODY, ui.MUTED))
     return design.Page("World clock", [here, *rows], button=("plus", ("open", "city"), "add button"))
@@ -308,7 +308,9 @@ class AddCity(Template):
 class RemoveCity(Template):
     goals = ("Remove {city} from the world clock", "Take {city} off my world clock", "Delete {city} from the list of world times")
     held_out = ("The world clock does not need {city} any more",)
-    def fill(self, rng, data): return {k: v for k, v in zip(("id", "city"), rng.choice(data["clock"]["cities"]).values())}
+    def fill(self, rng, data):
+        c = rng.choice(data["clock"]["cities"])
+        return {"city": c["name"], "id": c["id"]}
     def wanted(self, data, f): return [gone("clock", "cities", f.id)]
     def moves(self, phone, f): return go(phone, "clock", "world") or tap(phone, ("drop city", f.id))
     def misses(self, data, f): return {"another city": {"id": next(c["id"] for c in data["clock"]["cities"] if c["id"] != f.id)}}
