@@ -29,7 +29,7 @@ def wandering(seed, disturbance=1.):
 
 
 @pytest.mark.parametrize("template", templates(), ids=lambda t: t.name)
-def test_template(template): check_template(template, n=4)
+def test_template(template): check_template(template.name)
 
 
 @pytest.mark.parametrize("split", SIZES)
