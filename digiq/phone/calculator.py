@@ -215,7 +215,7 @@ class Calculator(Memory, History, Converter):
 class Reckoning(Template):
     "A task that may leave traces in the history."
     def done(self, phone, start, f):
-        found = [c for c in changes(start, phone.now["data"]) if c[:3] != ("calculator", "history", NEW)]
+        found = [c for c in changes(start, phone.data) if c[:3] != ("calculator", "history", NEW)]
         return self.shown(phone, f) and fulfilled(self.wanted(start, f), found)
 
 def displayed(
@@ -316,7 +316,7 @@ class Memorise(Reckoning):
     def wanted(self, data, f): return [value("calculator", "memory", str(f.n))]
     def moves(self, phone, f):
         if move := go(phone, "calculator", "keys"): return move
-        own, held = phone.now["apps"]["calculator"], phone.now["data"]["calculator"]["memory"]
+        own, held = phone.now["apps"]["calculator"], phone.data["calculator"]["memory"]
         if held != "0": return tap(phone, ("press", "MC")) if held != str(f.n) else None
         if own["line"] == str(f.n): return tap(phone, ("press", "M+"))
         return tap(phone,
@@ -454,7 +454,7 @@ class TimerFromSum(Reckoning):
         own = phone.now["apps"].get("calculator", {"line": "", "fresh": False})
         if not (own["fresh"] and own["line"] == reckon(self.line(f))): return type_sum(phone, self.line(f))
         if move := go(phone, "clock", "timer"): return move
-        if phone.now["data"]["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
+        if phone.data["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
         return (fill(phone, "seconds", "") or fill(phone, "minutes", reckon(self.line(f)))
                 or tap(phone, ("start timer",)))
     def misses(self, data, f): return {"one round": {"times": 1}, "a minute more": {"each": f.each + 1}}

@@ -343,7 +343,7 @@ def to_file(
     *pages,  # from its details on
 ):           # a move, or None on the page
     "Go to the details of a file, by its folders."
-    data = phone.now["data"]["files"]
+    data = phone.data["files"]
     where = next((f["folder"] for f in data["files"] if f["id"] == id), 0) # it may be gone
     return go(phone, "files", *way(data, where), ("file", id), *pages)
 
@@ -476,7 +476,7 @@ class MakeFolder(Template):
                 "where": folder["name"], "id": folder["id"]}
     def wanted(self, data, f): return [new("files", "folders", name=f.name, parent=f.id)]
     def moves(self, phone, f):
-        return (go(phone, "files", *way(phone.now["data"]["files"], f.id), ("new folder", f.id))
+        return (go(phone, "files", *way(phone.data["files"], f.id), ("new folder", f.id))
                 or fill(phone, "name", f.name) or tap(phone, ("new folder", f.id)))
     def misses(self, data, f):
         outside = lambda phone, f: (go(phone, "files", ("new folder", 0)) or fill(phone, "name", f.name)
@@ -496,7 +496,7 @@ class RenameFolder(Template):
                 "to": rng.choice("Various Important Sorted Private Unread Spare".split()), "id": f["id"]}
     def wanted(self, data, f): return [changed("files", "folders", f.id, name=f.to)]
     def moves(self, phone, f):
-        return (go(phone, "files", *way(phone.now["data"]["files"], f.id), ("rename folder", f.id))
+        return (go(phone, "files", *way(phone.data["files"], f.id), ("rename folder", f.id))
                 or fill(phone, "name", f.to) or tap(phone, ("rename folder", f.id)))
     def misses(self, data, f):
         return {"another name": {"to": f.to + "s"},
@@ -515,7 +515,7 @@ class DeleteFolder(Template):
         return [gone("files", "folders", f.id),
                 *[gone("files", "files", x["id"]) for x in data["files"]["files"] if x["folder"] == f.id]]
     def moves(self, phone, f):
-        return (go(phone, "files", *way(phone.now["data"]["files"], f.id))
+        return (go(phone, "files", *way(phone.data["files"], f.id))
                 or tap(phone, ("ask", "delete folder", f.id), ("delete folder", f.id)))
     def misses(self, data, f):
         held = next(x["id"] for x in data["files"]["files"] if x["folder"] == f.id)
@@ -540,13 +540,13 @@ class SortFolder(Template):
     def moves(self, phone, f):
         own = phone.now["apps"].get("files", {"fields": {}, "ask": None})
         asked = phone.now["app"] == "files" and own["ask"] == ["sort"]
-        move = None if asked else go(phone, "files", *way(phone.now["data"]["files"], f.id))
+        move = None if asked else go(phone, "files", *way(phone.data["files"], f.id))
         return (move
                 or (tap(phone, ("ask", "sort"), ("sort", f.by.capitalize()))
                     if own["fields"].get("sort") != f.by.capitalize() else None))
     def misses(self, data, f):
         return {"the other way": {"by": "date" if f.by == "size" else "size"}, "not sorted": lambda phone,
-                f: go(phone, "files", *way(phone.now["data"]["files"], f.id))}
+                f: go(phone, "files", *way(phone.data["files"], f.id))}
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-061
 def of_folder(
@@ -613,7 +613,7 @@ class NoteLargest(Template):
                     binned=False)]
     def moves(self, phone, f):
         if not was_on(phone, "files", "folder",
-                      f.folder): return go(phone, "files", *way(phone.now["data"]["files"], f.folder))
+                      f.folder): return go(phone, "files", *way(phone.data["files"], f.folder))
         return go(phone, "notes", ("edit", 0)) or fill(phone, "text", f.size) or tap(phone, ("save", 0))
     def misses(self, data, f):
         return {"another file": {"size": size_text(of_folder(data, f.folder, "Size")[-1]["size"] + 1)},
@@ -634,7 +634,7 @@ class NoteNewest(Template):
                     binned=False)]
     def moves(self, phone, f):
         if not was_on(phone, "files", "folder",
-                      f.folder): return go(phone, "files", *way(phone.now["data"]["files"], f.folder))
+                      f.folder): return go(phone, "files", *way(phone.data["files"], f.folder))
         return go(phone, "notes", ("edit", 0)) or fill(phone, "text", f.name) or tap(phone, ("save", 0))
     def misses(self, data, f):
         return {"another file": {"name": next(x["name"] for x in of_folder(data, f.folder, "Size")

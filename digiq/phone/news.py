@@ -127,7 +127,7 @@ def story(
     a: Article, # to be shown in a list
 ) -> ui.Node:
     "A line of a list of stories."
-    words = ui.column(ui.text(f"{a.paper} · {age(a.hours)}", 32, ui.MUTED),
+    words = ui.column(ui.text(f"{a.paper} · {age(a.hours)}", design.SMALL, ui.MUTED),
                       ui.text(a.headline, design.BODY, bold=True, lines=3), gap=8)
     return ui.row(words, art(a.topic, 176, 176), on=("open", "article", a.id), role="article", pad=(24, design.EDGE),
                   gap=32, bg=ui.PAPER)
@@ -151,7 +151,7 @@ class Front(PagedApp):
         first, *rest = sorted(current(d, d["country"]),
                               key=lambda a: (a.topic not in followed, a.hours))[:12] or [None]
         lead = first and ui.column(art(first.topic, "fill", 440),
-                                   ui.text(f"{first.paper} · {age(first.hours)}", 32, ui.MUTED),
+                                   ui.text(f"{first.paper} · {age(first.hours)}", design.SMALL, ui.MUTED),
                                    ui.text(first.headline, design.HEAD, bold=True, lines=3),
                                    on=("open", "article",
                                        first.id), role="article", gap=16, pad=(12, design.EDGE, 24,
@@ -234,7 +234,7 @@ class Reading(PagedApp):
                 ui.text(f"By {a.author}", design.SMALL, ui.INK,
                         pad=(0, design.EDGE)), ui.text(f"{a.paper} · {a.country} · {age(a.hours)}", design.SMALL,
                                                        ui.MUTED, pad=(8, design.EDGE, 20, design.EDGE))]
-        text = [ui.text(l, 42, lines=5, pad=(12, design.EDGE)) for l in a.text]
+        text = [ui.text(l, design.BODY, lines=5, pad=(12, design.EDGE)) for l in a.text]
         follow = design.list_row(f"Topic: {a.topic}", ("open", "topic", a.topic), lead=art(a.topic, 104, 104),
                                  trail=ui.chip("Following" if topic["followed"] else "Follow", ("follow", topic["id"]),
                                  topic["followed"], "follow button"))
@@ -475,7 +475,9 @@ class HideItsPaper(Template):
         f = some_story(rng, data)
         return {**f, "paper": PAPERS.index(articles()[f["id"]].paper) + 1}
     def wanted(self, data, f): return [changed("news", "papers", f.paper, hidden=True)]
-    def moves(self, phone, f): return to_story(phone, f.id) or tap(phone, ("ask", "hide", f.paper), ("hide", f.paper))
+    def moves(self, phone, f):
+        asked = phone.now["app"] == "news" and phone.now["apps"]["news"]["ask"] == ["hide", f.paper]
+        return (None if asked else to_story(phone, f.id)) or tap(phone, ("ask", "hide", f.paper), ("hide", f.paper))
     def misses(self, data, f):
         other = next(p["id"] for p in data["news"]["papers"] if p["id"] != f.paper and not p["hidden"])
         return {"another paper": once(data, lambda phone,
@@ -534,7 +536,7 @@ class TimerFromStory(Template):
     def moves(self, phone, f):
         if not was_on(phone, "news", "article", f.id): return to_story(phone, f.id)
         if move := go(phone, "clock", "timer"): return move
-        if phone.now["data"]["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
+        if phone.data["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
         return fill(phone, "seconds", "") or fill(phone, "minutes", str(f.minutes)) or tap(phone, ("start timer",))
     def misses(self, data, f):
         return {"a minute more": {"minutes": f.minutes + 1}, "only read": lambda phone, f: to_story(phone, f.id)}

@@ -402,7 +402,7 @@ def once(
     moves,      # (phone, f) -> a move
 ):              # the same, which ends with the first change of data
     "Moves up to the first thing that they change."
-    return lambda phone, f: moves(phone, f) if phone.now["data"] == data else None
+    return lambda phone, f: moves(phone, f) if phone.data == data else None
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-041
 @template("write a note", "notes", level=2, horizon=12)
@@ -527,7 +527,7 @@ class RestoreNote(Template):
     def wanted(self, data, f): return [changed("notes", "notes", f.id, binned=False)]
     def moves(self, phone, f): return go(phone, "notes", "bin", ("binned", f.id)) or tap(phone, ("restore", f.id))
     def misses(self, data, f):
-        erase = lambda phone, f: None if not look_up(phone.now["data"], "notes", "notes", id=f.id) else \
+        erase = lambda phone, f: None if not look_up(phone.data, "notes", "notes", id=f.id) else \
             go(phone, "notes", "bin", ("binned", f.id)) or tap(phone, ("ask", "erase", f.id), ("erase", f.id))
         return {"the other one": {"id": next(n["id"] for n in self.binned(data) if n["id"] != f.id)}, "erased": erase}
 
@@ -645,7 +645,7 @@ class TimerFromNote(NoteFirst):
     def wanted(self, data, f): return [value("clock", "timer", {"seconds": 60 * f.minutes, "is": "running"})]
     def then(self, phone, f):
         if move := go(phone, "clock", "timer"): return move
-        if phone.now["data"]["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
+        if phone.data["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
         return fill(phone, "seconds", "") or fill(phone, "minutes", str(f.minutes)) or tap(phone, ("start timer",))
     def misses(self, data, f):
         less = SimpleNamespace(**{**vars(f), "minutes": f.minutes - 1})
