@@ -243,9 +243,9 @@ def tap(
     "Tap an element, after scrolling to it; with several events, what a tap on the one brings up comes next."
     for event in reversed(events):
         if reachable(phone, event): return ("tap", event)
-    side = whereabouts(phone.screen().root, events[0])
-    typing = phone.now["apps"][phone.now["app"]].get("focus")
-    return ("scroll", side) if side and not typing else ("press", "back")
+    side, own = whereabouts(phone.screen().root, events[0]), phone.now["apps"][phone.now["app"]]
+    covered = own.get("focus") or own.get("ask") # by the keyboard, or by a dialog
+    return ("scroll", side) if side and not covered else ("press", "back")
 
 def launch(
     phone,    # a `SimPhone`, now
