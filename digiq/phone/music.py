@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARTISTS', 'RECORDS', 'FIRST', 'SECOND', 'SONGS', 'COVERS', 'NAMES', 'song', 'length', 'cover', 'sources', 'song_row',
-           'Player', 'PlayerEvents', 'PlayerPages', 'Buttons', 'NowPlaying', 'menu_line', 'SongMenu', 'Collecting',
-           'Playlists', 'PlaylistEvents', 'Library', 'Records', 'Finding', 'Music', 'find_song', 'in_menu', 'find_page',
-           'PlaySong', 'PlayRecord', 'PlayLongest', 'LikeSong', 'QueueSong', 'MakePlaylist', 'AddToPlaylist',
-           'RemoveFromPlaylist', 'DeletePlaylist', 'ShufflePlaylist', 'FollowArtist', 'PauseAndTime']
+           'menu_line', 'Music', 'find_song', 'in_menu', 'find_page', 'PlaySong', 'PlayRecord', 'PlayLongest',
+           'LikeSong', 'QueueSong', 'MakePlaylist', 'AddToPlaylist', 'RemoveFromPlaylist', 'DeletePlaylist',
+           'ShufflePlaylist', 'FollowArtist', 'PauseAndTime']
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-003
 from functools import lru_cache
@@ -81,7 +80,7 @@ def song_row(
                            "song")
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-014
-class Player(Sharing):
+class _Player(Sharing):
     "Playing, and what comes next."
     def playing(self, state, id, source="songs"):
         return {**stored(state, playing={"song": id, "is": "playing", "from": source}), "ask": None, "focus": None}
@@ -107,7 +106,7 @@ class Player(Sharing):
     def on_previous(self, state, ep): return state if state["data"]["playing"]["is"] == "off" else self.step(state, -1)
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-015
-class PlayerEvents(Player):
+class _PlayerEvents(_Player):
     "Shuffling, repeating, the queue, starting all of something."
     def on_shuffle(self, state, ep): return stored(state, shuffle=not state["data"]["shuffle"])
 
@@ -127,7 +126,7 @@ class PlayerEvents(Player):
         return stored(state, queue=queue[:at] + queue[at + 1:])
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-016
-class PlayerPages(PlayerEvents):
+class _PlayerPages(_PlayerEvents):
     "The player as a page, as a strip under every other page, and the queue."
     def strip(self, state):
         now = state["data"]["playing"]
@@ -148,11 +147,12 @@ class PlayerPages(PlayerEvents):
         return self.page(state, "Queue", rows or [design.empty("Nothing in the queue", "music")])
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-017
-ui.ICONS |= {"shuffle": "l 2 6 7 6 17 18 22 18;l 2 18 7 18 10 14;l 14 10 17 6 22 6;l 19 3 22 6 19 9;l 19 15 22 18 19 21",
+ui.ICONS |= {"shuffle": "l 2 6 7 6 17 18 22 18;l 2 18 7 18 10 14;l 14 10 17 6 22 6;l 19 3 22 6 19 9;"
+                        "l 19 15 22 18 19 21",
              "repeat": "l 4 12 4 7 20 7;l 17 3 21 7 17 11;l 20 12 20 17 4 17;l 7 13 3 17 7 21"}
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-018
-class Buttons(PlayerPages):
+class _Buttons(_PlayerPages):
     "The buttons of the player."
     def controls(self, d):
         c, playing, again = self.color, d["playing"]["is"] == "playing", d["repeat"]
@@ -169,7 +169,7 @@ class Buttons(PlayerPages):
                          align="center")
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-019
-class NowPlaying(Buttons):
+class _NowPlaying(_Buttons):
     "The page of the song that plays."
     def page_player(self, state, ep):
         d = state["data"]
@@ -195,7 +195,7 @@ def menu_line(
     return ui.row(ui.icon(icon, 56, ui.MUTED), ui.text(label, design.BODY), on=on, role="option", pad=(24, 0), gap=36,
                   bg=ui.WHITE)
 
-class SongMenu(NowPlaying):
+class _SongMenu(_NowPlaying):
     "The menu of a song, and its way into a playlist."
     def ask_song(self, state, ep, id, playlist):
         s, liked = song(id), any(l["song"] == id for l in state["data"]["liked"])
@@ -213,7 +213,7 @@ class SongMenu(NowPlaying):
         return design.dialog("Add to a playlist", *lines, buttons=[("Cancel", ("dismiss",))], color=self.color)
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-022
-class Collecting(SongMenu):
+class _Collecting(_SongMenu):
     "Liking, following, filling playlists."
     def on_like(self, state, ep, id):
         held = next((l["id"] for l in state["data"]["liked"] if l["song"] == id), None)
@@ -232,7 +232,7 @@ class Collecting(SongMenu):
         return {**edited(state, "playlists", playlist, songs=[s for s in songs if s != id]), "ask": None}
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-024
-class Playlists(Collecting):
+class _Playlists(_Collecting):
     "The list of them, one of them, its name."
     def row(self, p):
         face = cover(song(p["songs"][0])["record"], 112) if p["songs"] else design.avatar(p["name"], 112)
@@ -258,13 +258,13 @@ class Playlists(Collecting):
                            (("check", ("name", id), "save button"),))
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-025
-class PlaylistEvents(Playlists):
+class _PlaylistEvents(_Playlists):
     "Making, renaming and deleting playlists."
     def on_name(self, state, ep, id):
         name = state["fields"]["name"].strip()
         if not name: return state
-        return self.closed(edited(state, "playlists", id, name=name) if id else added(state, "playlists", name=name,
-                                                                                      songs=[]))
+        return self.closed(edited(state, "playlists", id, name=name) if id
+                           else added(state, "playlists", name=name, songs=[]))
 
     def ask_delete(self, state, ep, id):
         return design.dialog(f"Delete “{record(state, 'playlists', id)['name']}”?",
@@ -274,7 +274,7 @@ class PlaylistEvents(Playlists):
         return self.to(removed(state, "playlists", id), state["stack"][:1], opens=False)
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-027
-class Library(PlaylistEvents):
+class _Library(_PlaylistEvents):
     "Playlists, artists, records, songs."
     def page_library(self, state, ep):
         d = state["data"]
@@ -291,8 +291,8 @@ class Library(PlaylistEvents):
     def page_songs(self, state, ep, source):
         rows = [song_row(s, source) for s in sources(state["data"], source)]
         title = "Liked songs" if source == "liked" else "Songs"
-        return self.page(state, title, [self.starts(source), *rows] if rows else [design.empty("No songs yet",
-                                                                                               "heart")])
+        return self.page(state, title, [self.starts(source), *rows] if rows
+                         else [design.empty("No songs yet", "heart")])
 
     def page_artists(self, state, ep):
         mine = [a["artist"] for a in state["data"]["follows"]]
@@ -302,7 +302,7 @@ class Library(PlaylistEvents):
         return self.page(state, "Artists", rows)
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-028
-class Records(Library):
+class _Records(_Library):
     "One artist, one record, all records."
     def tile(self, id):
         words = ui.text(RECORDS[id - 1], 36, bold=True), ui.text(ARTISTS[(id - 1) // 2], 32, ui.MUTED)
@@ -318,8 +318,8 @@ class Records(Library):
         songs = [song_row(s, f"artist {id}") for s in sources({}, f"artist {id}")]
         head = ui.row(design.avatar(ARTISTS[id - 1], 200), button, gap=48, pad=(24, design.EDGE))
         return self.page(state, ARTISTS[id - 1], [head, design.section("Albums", self.color),
-                         grid([self.tile(2 * id - 1), self.tile(2 * id)], 2, 40, 48), design.section("Songs",
-                                                                                                     self.color), *songs])
+                         grid([self.tile(2 * id - 1), self.tile(2 * id)], 2, 40,
+                              48), design.section("Songs", self.color), *songs])
 
     def page_record(self, state, ep, id):
         songs, s = [song_row(s, f"record {id}", lead=False) for s in sources({}, f"record {id}")], song(5 * id)
@@ -330,7 +330,7 @@ class Records(Library):
         return self.page(state, RECORDS[id - 1], [head, self.starts(f"record {id}"), *songs])
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-030
-class Finding(Records):
+class _Finding(_Records):
     "The first page, and the search over songs, records, artists and playlists."
     def page_home(self, state, ep):
         d = state["data"]
@@ -356,10 +356,11 @@ class Finding(Records):
 # %% ../../nbs/phone/34o_music.ipynb #34o-031
 NAMES = ("Morning Run", "Rainy Sunday", "Deep Work", "Kitchen Disco", "Long Drive", "Sleep", "Gym", "Old Favourites",
          "Garden Party",
-         "Commute", "Winter Walk", "Study Hall", "Campfire", "Road Trip", "Lazy Evening", "Spring Clean", "Train Ride", "Slow Dance")
+         "Commute", "Winter Walk", "Study Hall", "Campfire", "Road Trip", "Lazy Evening", "Spring Clean", "Train Ride",
+         "Slow Dance")
 
 @app("music")
-class Music(Finding):
+class Music(_Finding):
     "The library, the player, and what the owner made of them."
     roots = (("home", "Home", "home"), ("search", "Search", "search"), ("library", "Library", "music"))
 
@@ -368,8 +369,8 @@ class Music(Finding):
         lists = [dict(id=i + 1, name=n, songs=songs(rng.randrange(2, 7))) for i, n in enumerate(rng.sample(NAMES, 3))]
         liked = [dict(id=i + 1, song=s) for i, s in enumerate(songs(rng.randrange(3, 7)))]
         follows = [dict(id=i + 1, artist=a) for i, a in enumerate(rng.sample(range(1, 13), 3))]
-        now = {"song": rng.choice(SONGS), "is": "paused", "from": "songs"} if rng.random() < .6 else {"song": 0,
-                                                                                                      "is": "off", "from": ""}
+        off = {"song": 0, "is": "off", "from": ""}
+        now = {"song": rng.choice(SONGS), "is": "paused", "from": "songs"} if rng.random() < .6 else off
         return {"playlists": lists, "liked": liked, "follows": follows, "playing": now,
                 "queue": songs(rng.randrange(0, 3)),
                 "shuffle": rng.random() < .3, "repeat": "off", "recent": rng.sample(range(1, 25), 4)}
@@ -481,8 +482,8 @@ class QueueSong(Template):
 class MakePlaylist(Template):
     goals = ("Make a playlist called {name}", "Create the playlist {name}", "I want a new, empty playlist {name}")
     held_out = ("Add a playlist with the name {name}",)
-    def fill(self, rng, data): return {"name": rng.choice([n for n in NAMES if not look_up(data, "music", "playlists",
-                                                                                           name=n)])}
+    def fill(self, rng, data): return {"name": rng.choice([n for n in NAMES
+                                                           if not look_up(data, "music", "playlists", name=n)])}
     def wanted(self, data, f): return [new("music", "playlists", name=f.name, songs=[])]
     def moves(self, phone, f, id=0):
         form = go(phone, "music", "library", *([("playlist", id)] if id else []), ("naming", id))
@@ -525,8 +526,8 @@ class RemoveFromPlaylist(Template):
                                                                               ("take", f.playlist, f.id))
     def misses(self, data, f):
         whole = lambda phone, f: DeletePlaylist().moves(phone, f)
-        return {"another song": {"id": next(s for s in look_up(data, "music", "playlists",
-                                                               id=f.playlist)["songs"] if s != f.id)}, "all of it": whole}
+        return {"another song": {"id": next(s for s in look_up(data, "music", "playlists", id=f.playlist)["songs"]
+                                            if s != f.id)}, "all of it": whole}
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-065
 @template("delete a playlist", "music", unseen=True)
@@ -554,9 +555,8 @@ class ShufflePlaylist(Template):
         now = value("music", "playing", {"song": ANY, "is": "playing", "from": f"playlist {f.playlist}"})
         return [now] + [value("music", "shuffle", True)] * (not data["music"]["shuffle"])
     def moves(self, phone, f, shuffle=1):
-        return go(phone, "music", "library", ("playlist", f.playlist)) or tap(phone,
-                                                                              ("all", f"playlist {f.playlist}",
-                                                                               shuffle))
+        return go(phone, "music", "library", ("playlist", f.playlist)) or tap(phone, ("all", f"playlist {f.playlist}",
+                                                                                      shuffle))
     def misses(self, data, f): return {"in order": lambda phone, f: self.moves(phone, f, 0),
                                        "another one": {"playlist": f.playlist % 3 + 1}}
 
@@ -575,8 +575,8 @@ class FollowArtist(Template):
         if showing(phone, "music", "artist", artist): return tap(phone, ("follow", artist))
         return in_menu(phone, f.id, ("open", "artist", artist))
     def misses(self, data, f):
-        o = next(s for s in SONGS if not look_up(data, "music", "follows",
-                                                 artist=song(s)["artist"]) and song(s)["artist"] != song(f.id)["artist"])
+        o = next(s for s in SONGS if not look_up(data, "music", "follows", artist=song(s)["artist"])
+                 and song(s)["artist"] != song(f.id)["artist"])
         return {"another artist": {"id": o, "song": song(o)["title"]}}
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-074
@@ -593,7 +593,7 @@ class PauseAndTime(Template):
         timer = value("clock", "timer", {"seconds": 60 * f.minutes, "is": "running"})
         return [value("music", "playing", {"song": f.id, "is": "paused", "from": "songs"}), timer]
     def moves(self, phone, f):
-        if phone.now["data"]["music"]["playing"]["is"] == "playing": return go(phone, "music") or tap(phone, ("pause",))
+        if phone.data["music"]["playing"]["is"] == "playing": return go(phone, "music") or tap(phone, ("pause",))
         form = go(phone, "clock", "timer") or fill(phone, "minutes", str(f.minutes))
         return form or tap(phone, ("start timer",))
     def misses(self, data, f):

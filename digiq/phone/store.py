@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'PURPOSES', 'TITLES', 'MAKERS', 'OFFERS', 'AUTO', 'offer', 'within', 'tile', 'rated', 'offer_row',
-           'Shelves', 'AppPage', 'AppButtons', 'Having', 'AppPages', 'Mine', 'Store', 'find_app_page', 'on_page',
-           'Install', 'Uninstall', 'Update', 'Wish', 'Unwish', 'Rate', 'InstallBest', 'UninstallLarger', 'SwitchAuto',
-           'ShowReviews', 'InstallAndRate', 'SwitchAndUpdate']
+           'Store', 'find_app_page', 'on_page', 'Install', 'Uninstall', 'Update', 'Wish', 'Unwish', 'Rate',
+           'InstallBest', 'UninstallLarger', 'SwitchAuto', 'ShowReviews', 'InstallAndRate', 'SwitchAndUpdate']
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-003
 from functools import lru_cache
@@ -20,7 +19,7 @@ from .templates import Template, changed, fill, go, look_up, showing, tap, templ
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-006
 ui.ICONS |= {"dice": "l 4 4 20 4 20 20 4 20 4 4;d 7 7 10 10;d 14 7 17 10;d 7 14 10 17;d 14 14 17 17",
-             "cup": "p 4 5 17 5 16 19 5 19;l 17 8 21 8 21 14 16 14", "leaf": "p 4 20 4 10 10 4 20 4 20 12 14 18 6 18;l 3 21 8 16"}
+             "cup": "p 4 5 17 5 16 19 5 19;l 17 8 21 8 21 14 16 14"}
 CATEGORIES = {"Games": ("dice", "#7b3fa0"), "Travel": ("plane", "#1769aa"), "Food": ("cup", "#b5541c"),
               "Health": ("heart", "#b3264b"),
               "Money": ("storage", "#2e7d4f"), "Learning": ("bookmark", "#3949ab"), "Tools": ("bolt", "#546e7a"),
@@ -89,7 +88,7 @@ def offer_row(
                   bg=ui.PAPER)
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-014
-class Shelves(Sharing):
+class _Shelves(Sharing):
     "The first page, games, a category, the search."
     def page_home(self, state, ep):
         def shelf(name):
@@ -106,9 +105,8 @@ class Shelves(Sharing):
 
     def page_games(self, state, ep):
         new = ui.column(scene("peaks", 2, 984, 420, radius=40), ui.text("Moon Rally", design.HEAD, bold=True),
-                        ui.text("Game of the week", design.SMALL, ui.MUTED), on=("open", "app",
-                                                                                 2), role="banner", gap=12, pad=(0, 48,
-                                                                                                                 24, 48))
+                        ui.text("Game of the week", design.SMALL,
+                                ui.MUTED), on=("open", "app", 2), role="banner", gap=12, pad=(0, 48, 24, 48))
         return design.Page("Games", [new, *[offer_row(i) for i in within("Games") if i != 2]])
 
     def page_search(self, state, ep):
@@ -119,7 +117,7 @@ class Shelves(Sharing):
                                       *([offer_row(i) for i in found] or [none])])
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-016
-class AppPage(Shelves):
+class _AppPage(_Shelves):
     "What the store says of an app, and what can be done with it."
     def page_app(self, state, ep, id):
         o, mine, c = offer(id), record(state, "apps", id), self.color
@@ -144,7 +142,7 @@ class AppPage(Shelves):
 # %% ../../nbs/phone/34q_store.ipynb #34q-017
 ui.ICONS["marker"] = "l 6 3 18 3 18 21 12 16 6 21 6 3"
 
-class AppButtons(AppPage):
+class _AppButtons(_AppPage):
     "The buttons and the stars."
     def buttons(self, id, mine):
         button = lambda label, on, kind="filled": ui.button(label, on, kind, self.color, role=f"{label.lower()} button",
@@ -162,7 +160,7 @@ class AppButtons(AppPage):
                          ui.text(said, design.SMALL, ui.MUTED, pad=(8, design.EDGE)))
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-018
-class Having(AppButtons):
+class _Having(_AppButtons):
     "Installing, updating, rating, wishing."
     def ask_uninstall(self, state, ep, id):
         return design.dialog(f"Uninstall {offer(id)['title']}?", buttons=[("Cancel", ("dismiss",)),
@@ -178,7 +176,7 @@ class Having(AppButtons):
     def on_auto(self, state, ep, id): return edited(state, "apps", id, auto=not record(state, "apps", id)["auto"])
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-019
-class AppPages(Having):
+class _AppPages(_Having):
     "Reviews, and an app that was opened."
     def page_reviews(self, state, ep, id):
         said = ("Does what it should.", "Good, but I miss a dark look.", "I use it every day.",
@@ -201,7 +199,7 @@ class AppPages(Having):
 # %% ../../nbs/phone/34q_store.ipynb #34q-021
 AUTO = ("Over any network", "Over Wi-Fi only", "Don't update apps")
 
-class Mine(AppPages):
+class _Mine(_AppPages):
     "Updates, installed apps, the wish list, how apps are updated."
     def page_mine(self, state, ep):
         d, c = state["data"], self.color
@@ -231,7 +229,7 @@ class Mine(AppPages):
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-022
 @app("store")
-class Store(Mine):
+class Store(_Mine):
     "Apps to install."
     roots = (("home", "Apps", "grid"), ("games", "Games", "dice"), ("search", "Search", "search"),
              ("mine", "My apps", "download"))
@@ -240,7 +238,8 @@ class Store(Mine):
         have = rng.sample(OFFERS, rng.randrange(6, 10))
         one = lambda i: dict(id=i, installed=i in have, current=i in have[3:],
                              wish=i not in have and rng.random() < .12,
-                             rating=rng.randrange(1, 6) if i in have[4:] and rng.random() < .5 else 0, auto=rng.random() < .7)
+                             rating=rng.choice((0, rng.randrange(1,
+                                                                 6))) if i in have[4:] else 0, auto=rng.random() < .7)
         return {"apps": [one(i) for i in OFFERS], "auto": rng.choice(AUTO)}
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-029
@@ -293,8 +292,8 @@ class Uninstall(Template):
     def wanted(self, data, f):
         was = look_up(data, "store", "apps", id=f.id)
         return [changed("store", "apps", f.id, installed=False, **({"current": False} if was["current"] else {}))]
-    def moves(self, phone, f): return go(phone, "store", "mine", ("app", f.id)) or tap(phone,
-                                                                                       ("ask", "uninstall", f.id), ("uninstall", f.id))
+    def moves(self, phone, f): return go(phone, "store", "mine",
+                                         ("app", f.id)) or tap(phone, ("ask", "uninstall", f.id), ("uninstall", f.id))
     def misses(self, data, f): return {"another app": _other(data, f, installed=True)}
 
 # %% ../../nbs/phone/34q_store.ipynb #34q-038
@@ -381,7 +380,7 @@ class UninstallLarger(Uninstall):
         return {"app": offer(a)["title"], "other": offer(b)["title"], "id": large, "small": a + b - large}
     def misses(self, data, f): return {"the smaller one": {"id": f.small}, "both": self._both}
     def _both(self, phone, f):
-        kept = [i for i in (f.id, f.small) if look_up(phone.now["data"], "store", "apps", id=i)["installed"]]
+        kept = [i for i in (f.id, f.small) if look_up(phone.data, "store", "apps", id=i)["installed"]]
         if not kept: return None
         return go(phone, "store", "mine", ("app", kept[0])) or tap(phone, ("ask", "uninstall", kept[0]),
                                                                    ("uninstall", kept[0]))
@@ -424,7 +423,7 @@ class InstallAndRate(Template):
         return f and {**f, "stars": rng.randrange(2, 6)}
     def wanted(self, data, f): return [changed("store", "apps", f.id, installed=True, current=True, rating=f.stars)]
     def moves(self, phone, f):
-        have = look_up(phone.now["data"], "store", "apps", id=f.id)["installed"]
+        have = look_up(phone.data, "store", "apps", id=f.id)["installed"]
         return on_page(phone, f.id, ("rate", f.id, f.stars) if have else ("install", f.id))
     def misses(self, data, f):
         return {"not rated": lambda phone, f: on_page(phone, f.id, ("install", f.id)),
@@ -443,7 +442,7 @@ class SwitchAndUpdate(Template):
     def wanted(self, data, f): return [value("settings", f.key, f.state == "on"),
                                        changed("store", "apps", f.id, current=True)]
     def moves(self, phone, f):
-        if phone.now["data"]["settings"][f.key] != (f.state == "on"):
+        if phone.data["settings"][f.key] != (f.state == "on"):
             return go(phone, "settings", SWITCHES[f.key][0]) or tap(phone, ("flip", f.key))
         return Update().moves(phone, f)
     def misses(self, data, f):
