@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..core import derive_seed
 from ..env import Unsupported, check_key, check_point
-from . import browser, calculator, clock, files, news, notes, settings, ui # apps enter themselves into APPS
+from . import browser, calculator, camera, clock, files, music, news, notes, settings, store, ui, videos # apps enter themselves into APPS
 from .apps import APPS, ICONS, MORE, Episode, find_app
 from .templates import KINDS, Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
@@ -77,10 +77,11 @@ def own(self:SimPhone): # (the app on show, its state: view, data, and the data 
 # %% ../../nbs/phone/35_device.ipynb #f536b89a
 @patch
 def with_own(self:SimPhone, own): # the state with the app on show in another state
-    view = {k: v for k, v in own.items() if k not in ("data", "reads", "send")}
+    view = {k: v for k, v in own.items() if k not in ("data", "reads", "send", "tell")}
     after = {**self.now, "apps": {**self.now["apps"], self.now["app"]: view}}
     name, data = self.now["app"], own.get("data")
     if data is not None and data is not self.data.get(name): after["data"] = {**self.now["data"], name: data}
+    if "tell" in own: after = {**self.answered(after, *own["tell"]), "app": after["app"]} # and stay where we are
     return self.answered(after, *own["send"]) if "send" in own else after
 
 @patch
