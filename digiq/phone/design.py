@@ -25,9 +25,11 @@ ui.ICONS |= {
     "bell": "p 12 3 17 6 18 16 20 18 4 18 6 16 7 6;d 10 18 14 22", "bluetooth": "l 7 7 17 17 12 22 12 2 17 7 7 17",
     "volume": "p 3 9 7 9 12 4 12 20 7 15 3 15;a 9 7 17 17 300 60;a 7 3 22 21 300 60",
     "grid": "d 3 3 9 9;d 15 3 21 9;d 3 15 9 21;d 15 15 21 21", "info": "o 2 2 22 22;l 12 11 12 17;d 11 6 13 8",
-    "pause": "p 6 4 10 4 10 20 6 20;p 14 4 18 4 18 20 14 20", "edit": "p 3 21 4 16 15 5 19 9 8 20;p 16 4 18 2 22 6 20 8",
+    "pause": "p 6 4 10 4 10 20 6 20;p 14 4 18 4 18 20 14 20",
+    "edit": "p 3 21 4 16 15 5 19 9 8 20;p 16 4 18 2 22 6 20 8",
     "send": "p 2 4 22 12 2 20 6 12", "up": "l 5 15 12 8 19 15", "reply": "l 10 5 3 12 10 19;l 3 12 15 12 21 18",
-    "flag": "l 5 2 5 22;p 5 3 20 3 16 8 20 13 5 13", "eye": "o 2 6 22 18;d 9 9 15 15", "bookmark": "p 6 3 18 3 18 21 12 16 6 21",
+    "flag": "l 5 2 5 22;p 5 3 20 3 16 8 20 13 5 13", "eye": "o 2 6 22 18;d 9 9 15 15",
+    "bookmark": "p 6 3 18 3 18 21 12 16 6 21",
     "next": "p 4 4 15 12 4 20;l 19 4 19 20", "previous": "p 20 4 9 12 20 20;l 5 4 5 20",
     "download": "l 12 3 12 15;l 7 10 12 15 17 10;l 4 20 20 20", "bolt": "p 14 1 4 14 11 14 9 23 20 9 13 9"}
 
@@ -38,7 +40,8 @@ ui.ICONS |= {
     "bus": "l 4 3 20 3 20 18 4 18 4 3;l 4 11 20 11;d 5 16 9 21;d 15 16 19 21", "moon": "d 4 3 20 21;e 9 1 23 16",
     "plane": "p 11 2 13 2 14 9 22 14 22 16 14 14 13 19 16 21 16 22 12 21 8 22 8 21 11 19 10 14 2 16 2 14 10 9",
     "image": "l 3 4 21 4 21 20 3 20 3 4;d 6 7 10 11;p 5 18 11 11 14 14 17 10 20 18",
-    "video": "p 2 6 15 6 15 18 2 18;p 16 11 22 6 22 18 16 13", "cloud": "d 2 10 12 20;d 6 5 18 17;d 12 10 22 20;p 7 14 17 14 17 20 7 20",
+    "video": "p 2 6 15 6 15 18 2 18;p 16 11 22 6 22 18 16 13",
+    "cloud": "d 2 10 12 20;d 6 5 18 17;d 12 10 22 20;p 7 14 17 14 17 20 7 20",
     "rain": "d 3 6 11 14;d 7 2 17 12;d 13 6 21 14;p 7 9 17 9 17 14 7 14;l 8 17 7 21;l 12 17 11 21;l 16 17 15 21",
     "storm": "d 3 5 11 13;d 7 1 17 11;d 13 5 21 13;p 7 8 17 8 17 13 7 13;p 13 11 8 18 12 18 10 23 16 16 12 16",
     "snow": "l 12 2 12 22;l 3 7 21 17;l 3 17 21 7", "wind": "l 2 9 15 9 18 6 15 4;l 2 14 21 14;l 5 19 14 19",
@@ -58,7 +61,8 @@ def list_row(
     color: str = INK,        # of the title
 ) -> ui.Node:
     "A line of a list."
-    words = ui.column(ui.text(title, BODY, color, lines=lines), ui.text(sub, SMALL, MUTED, lines=2) if sub else None, gap=8)
+    below = ui.text(sub, SMALL, MUTED, lines=2) if sub else None
+    words = ui.column(ui.text(title, BODY, color, lines=lines), below, gap=8)
     lead = ui.icon(lead, 60, MUTED) if isinstance(lead, str) else lead
     trail = ui.text(trail, SMALL, MUTED) if isinstance(trail, str) else trail
     return ui.row(lead, words, trail, on=on, role=role, pad=(32, EDGE), gap=40, bg=PAPER)
@@ -150,7 +154,8 @@ def empty(
     icon: str,  # its symbol
 ) -> ui.Node:
     "What a page shows that has nothing to show."
-    return ui.column(ui.icon(icon, 200, LINE), ui.text(text, BODY, MUTED, lines=2), gap=40, align="center", pad=(320, EDGE, 0, EDGE))
+    words = ui.text(text, BODY, MUTED, lines=2)
+    return ui.column(ui.icon(icon, 200, LINE), words, gap=40, align="center", pad=(320, EDGE, 0, EDGE))
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-025
 def form_field(
@@ -161,8 +166,8 @@ def form_field(
     lead: str | None = None,  # an icon in it
 ) -> ui.Node:
     "A line of text to type into, with its label."
-    box = ui.field(state["fields"].get(name, ""), hint or label, state["focus"] == name, ("focus", name), ("clear", name),
-                   lead, role=f"{label.lower()} field", id=name, radius=28)
+    box = ui.field(state["fields"].get(name, ""), hint or label, state["focus"] == name, ("focus", name),
+                   ("clear", name), lead, role=f"{label.lower()} field", id=name, radius=28)
     return ui.column(ui.text(label, SMALL, MUTED), box, gap=8, pad=(12, EDGE))
 
 def search_field(
@@ -171,7 +176,8 @@ def search_field(
     hint: str,    # shown while it is empty
 ) -> ui.Node:
     "A field to search with."
-    box = ui.field(state["fields"].get(name, ""), hint, state["focus"] == name, ("focus", name), ("clear", name), id=name)
+    box = ui.field(state["fields"].get(name, ""), hint, state["focus"] == name, ("focus", name), ("clear", name),
+                   id=name)
     return ui.column(box, pad=(12, EDGE))
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-027
@@ -182,8 +188,9 @@ def dialog(
     color: str,       # of the app
 ) -> ui.Node:
     "A question in the middle of the screen."
-    row = ui.row(ui.spacer(), *[ui.button(label, on, "text", color, role=f"{label.lower()} button") for label, on in buttons])
-    return ui.dialog(ui.text(title, HEAD, bold=True, lines=2), *children, row if buttons else None, gap=24)
+    button = lambda label, on: ui.button(label, on, "text", color, role=f"{label.lower()} button")
+    row = ui.row(ui.spacer(), *[button(*b) for b in buttons]) if buttons else None
+    return ui.dialog(ui.text(title, HEAD, bold=True, lines=2), *children, row, gap=24)
 
 def options_dialog(
     title: str,       # what is chosen
@@ -193,9 +200,11 @@ def options_dialog(
     color: str,       # of the app
 ) -> ui.Node:
     "A list to choose one of."
-    dot = lambda o: ui.row(ui.spacer(), ui.column(width=28, height=28, radius=14, bg=color) if o == chosen else None, ui.spacer(), width=56,
-                           height=56, radius=28, border=(6, color if o == chosen else MUTED), bg=WHITE)
-    line = lambda o: ui.row(dot(o), ui.text(str(o), BODY), on=(*on, o), role="option", pad=(24, 0), gap=36, bg=WHITE)
+    def line(o):
+        full = ui.column(width=28, height=28, radius=14, bg=color) if o == chosen else None
+        ring = dict(width=56, height=56, radius=28, border=(6, color if o == chosen else MUTED), bg=WHITE)
+        dot = ui.row(ui.spacer(), full, ui.spacer(), **ring)
+        return ui.row(dot, ui.text(str(o), BODY), on=(*on, o), role="option", pad=(24, 0), gap=36, bg=WHITE)
     return dialog(title, *[line(o) for o in options], buttons=[("Cancel", ("dismiss",))], color=color)
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-030
@@ -218,7 +227,8 @@ def top_bar(
     "Arrow, title, actions."
     arrow = ui.icon_button("back", ("back",), role="back button") if back else ui.spacer(8)
     actions = [ui.icon_button(icon, on, role=role) for icon, on, role in page.actions]
-    return ui.row(arrow, ui.text(page.title, TITLE if len(page.title) < 22 else HEAD, bold=True, width="fill"), *actions, height=height, gap=16, pad=(0, 24), bg=PAPER)
+    title = ui.text(page.title, TITLE if len(page.title) < 22 else HEAD, bold=True, width="fill")
+    return ui.row(arrow, title, *actions, height=height, gap=16, pad=(0, 24), bg=PAPER)
 
 def bottom_tabs(
     roots,         # (page, label, icon) of each
@@ -228,8 +238,8 @@ def bottom_tabs(
     "The main pages of an app."
     def tab(name, label, icon):
         ink = color if name == current else MUTED
-        return ui.column(ui.icon(icon, 60, ink), ui.text(label, 32, ink, bold=name == current), gap=8, align="center", pad=(20, 0),
-                         on=("tab", name), role="tab")
+        words = ui.text(label, 32, ink, bold=name == current)
+        return ui.column(ui.icon(icon, 60, ink), words, gap=8, align="center", pad=(20, 0), on=("tab", name), role="tab")
     return ui.row(*[tab(*r) for r in roots], height=152, bg=SURFACE)
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-032
@@ -240,15 +250,19 @@ def frame(
     tabs=None,              # node at the lower edge
     over=None,              # a dialog
     typing: str | None = None, # field with the focus
-    color: str = "#0b57d0", # of the app
+    color: str = ui.BLUE,   # of the app
     bar: int = BAR,         # height of the bar on top
 ) -> ui.Node:
     "A page as a whole screen."
     content = ui.column(*page.body, None if page.still else ui.spacer(240), height="fill" if page.still else "wrap")
     body = content if page.still else ui.scroll(content, "page", offset)
-    float_ = ui.icon_button(*page.button[:2], 72, page.button[2], WHITE, color, width=168, height=168, radius=52, elevation=12,
-                            place=(.96, .95)) if page.button and not typing else None
-    middle = ui.stack(body, float_, width="fill", height="fill") if float_ else body
+    floats = page.button and not typing
+    middle = ui.stack(body, _floating(*page.button, color), width="fill", height="fill") if floats else body
     foot = ui.spacer(ui.KEYBOARD - 48) if typing else tabs
-    layers = [ui.keyboard(("submit", typing), "key", page.enter)] if typing else [ui.scrim(("dismiss",)), over] if over else []
-    return ui.overlay(ui.screen(top_bar(page, back, bar), middle, page.foot, foot), *layers)
+    whole = ui.screen(top_bar(page, back, bar), middle, page.foot, foot)
+    if typing: return ui.overlay(whole, ui.keyboard(("submit", typing), "key", page.enter))
+    return ui.overlay(whole, ui.scrim(("dismiss",)), over) if over else ui.overlay(whole)
+
+def _floating(icon, on, role, color):
+    look = dict(width=168, height=168, radius=52, elevation=12, place=(.96, .95))
+    return ui.icon_button(icon, on, 72, role, WHITE, color, **look)

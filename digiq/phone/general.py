@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'UNSEEN_APPS', 'DEAL', 'group', 'named', 'split_of', 'make_tasks', 'tasks', 'solve', 'drive', 'near_misses',
-           'damages', 'wander', 'check_template', 'check_templates', 'visit']
+           'damages', 'wander', 'check_template', 'visit']
 
 # %% ../../nbs/phone/36a_general.ipynb #36a-003
 import json, random
@@ -21,7 +21,7 @@ from .truth import follow, oracle
 from ..tasks import Task
 
 # %% ../../nbs/phone/36a_general.ipynb #36a-006
-SIZES = {"train": 400, "val": 100, "test": 300, "test_templates": 100, "test_apps": 100} # tasks a split, where there are so many
+SIZES = {"train": 400, "val": 100, "test": 300, "test_templates": 100, "test_apps": 100} # tasks, where there are so many
 UNSEEN_APPS = {"files", "music", "notes"}                  # whose templates make up "test_apps"
 DEAL = ("train",) * 5 + ("val",) * 2 + ("test",) * 3       # of ten fillings
 
@@ -45,7 +45,8 @@ def split_of(
 ) -> str:               # name of a split
     "The split to which a filling belongs."
     where = group(template)
-    return DEAL[derive_seed("general", template.name, *named(template, values)) % len(DEAL)] if where == "seen" else where
+    if where != "seen": return where
+    return DEAL[derive_seed("general", template.name, *named(template, values)) % len(DEAL)]
 
 # %% ../../nbs/phone/36a_general.ipynb #36a-009
 def make_tasks(
@@ -62,7 +63,9 @@ def make_tasks(
         if values is None or split_of(template, values) != split or named(template, values) in seen: continue
         seen.add(named(template, values))
         wording = rng.choice(template.goals if split == "train" else template.goals + template.held_out)
-        yield Task(f"general-{split}-{len(seen)}", wording.format(**values), template.level, "", "", split, template.name, json.dumps(values), content, template.horizon)
+        goal = wording.format(**values)
+        yield Task(f"{template.name}-{split}-{len(seen)}", goal[0].upper() + goal[1:], template.level, "", "", split,
+                   template.name, json.dumps(values), content, template.horizon)
 
 # %% ../../nbs/phone/36a_general.ipynb #36a-010
 def tasks(
@@ -129,13 +132,15 @@ def damages(
     phone: SimPhone, # at the goal
 ):                   # iterator of (where, a copy with one thing changed)
     "Copies of a phone with a record less or a value of another kind."
-    for app, data in phone.now["data"].items():
+    for app, data in phone.data.items():
         for key, held in data.items():
             if isinstance(held, list) and not held: continue
             copy = phone.fork()
-            copy.put({**phone.now, "data": {**phone.now["data"], app: {**data, key: held[1:] if isinstance(held, list) else None}}})
+            less = {**data, key: held[1:] if isinstance(held, list) else None}
+            copy.put({**phone.now, "data": {**phone.now["data"], app: less}})
             yield f"{app}/{key}", copy
 
+# %% ../../nbs/phone/36a_general.ipynb #36a-021
 def wander(
     phone: SimPhone,  # moves on
     rng,              # `random.Random`
@@ -146,32 +151,33 @@ def wander(
     if r < .78 and boxes:
         y0, x0, y1, x1 = rng.choice(boxes)
         phone.tap((x0 + x1) / 2, (y0 + y1) / 2)
-    elif r < .86: follow(phone, rng.choice([("scroll", "down"), ("scroll", "up"), ("swipe", "left"), ("swipe", "right")]))
+    elif r < .86: follow(phone, rng.choice([("scroll", "down"), ("scroll", "up"), ("swipe", "left")]))
     elif r < .94: phone.type_text(rng.choice(texts))
     else: phone.press(rng.choice(["back", "back", "enter", "home"]))
 
-# %% ../../nbs/phone/36a_general.ipynb #36a-021
+# %% ../../nbs/phone/36a_general.ipynb #36a-022
 def check_template(
-    template: Template, # declared
+    name: str,          # of a template
     n: int = 3,         # tasks that are tried
     users: int = 20,    # episodes of users without a plan
-) -> float:             # mean number of the oracle's steps, undisturbed
+) -> dict:              # goal: the oracle's steps, undisturbed
     "Raise `AssertionError`, with the goal, for a template whose oracle, judge or near misses are wrong."
-    split = "train" if group(template) == "seen" else group(template)
-    some, calm, rough, steps = list(islice(make_tasks(template, split), n)), SimPhone(disturbance=0), SimPhone(), []
-    assert some, f"{template.name}: no filling for {split}"
+    kind, calm, rough, steps = KINDS[name], SimPhone(disturbance=0), SimPhone(), {}
+    some = list(islice(make_tasks(kind, "train" if group(kind) == "seen" else group(kind)), n))
+    assert some, f"{name}: no filling for training"
     for task in some:
         rough.reset(task, 1)
         assert not rough.judge(task), f"{task.goal}: solved before it began"
-        steps.append(solve(calm, task, 1))
-        assert steps[-1] is not None, f"{task.goal}: not solved within {task.horizon} steps"
+        steps[task.goal] = solve(calm, task, 1)
+        assert steps[task.goal] is not None, f"{task.goal}: not solved within {task.horizon} steps"
         for where, copy in damages(calm): assert not copy.judge(task), f"{task.goal}: damage at {where} is let pass"
-        assert any(solve(rough, task, seed) is not None for seed in range(3)), f"{task.goal}: not solved under disturbance"
-        for name, phone in near_misses(task): assert not phone.judge(task), f"{task.goal}: the near miss {name!r} is let pass"
+        assert any(solve(rough, task, i) is not None for i in range(3)), f"{task.goal}: not solved under disturbance"
+        for miss, phone in near_misses(task): assert not phone.judge(task), f"{task.goal}: {miss!r} is let pass"
     lucky = sum(_wins(rough, some[i % len(some)], i) for i in range(users))
-    assert lucky <= users / 20, f"{template.name}: {lucky} of {users} users without a plan succeed"
-    return sum(steps) / len(steps)
+    assert lucky <= users / 20, f"{name}: {lucky} of {users} users without a plan succeed"
+    return steps
 
+# %% ../../nbs/phone/36a_general.ipynb #36a-023
 def _wins(phone, task, seed): # whether a user without a plan succeeds
     phone.reset(task, seed)
     rng = random.Random(seed)
@@ -179,13 +185,6 @@ def _wins(phone, task, seed): # whether a user without a plan succeeds
         wander(phone, rng)
         if phone.judge(task): return True
     return False
-
-# %% ../../nbs/phone/36a_general.ipynb #36a-022
-def check_templates(
-    app: str, # name
-) -> dict:    # name of a template: mean number of the oracle's steps
-    "`check_template` for every template that leads through an app."
-    return {t.name: check_template(t) for t in templates(app)}
 
 def visit(
     app: str,          # name

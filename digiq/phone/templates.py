@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEW', 'ANY', 'KINDS', 'WAIT', 'MARGIN', 'Change', 'value', 'new', 'gone', 'changed', 'changes', 'alike', 'fulfilled',
-           'Content', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates', 'reachable',
-           'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'showing', 'look_up']
+           'Content', 'contents', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates',
+           'reachable', 'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'showing', 'look_up']
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-003
 import json, random
 from functools import lru_cache
+from string import Formatter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Change(NamedTuple):
     id: object # of a record, `NEW` for one more; None where the part is a single value
     now: object # the value; the changed fields of a record, all of a new one; None for a record that is gone
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-007
+# %% ../../nbs/phone/32b_templates.ipynb #32b-008
 def value(
     app: str, # whose data
     key: str, # of a single value
@@ -64,7 +65,7 @@ def changed(
     "A record with other fields."
     return Change(app, table, id, fields)
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-008
+# %% ../../nbs/phone/32b_templates.ipynb #32b-009
 def changes(
     before: dict, # data of all apps
     after: dict,  # data of all apps
@@ -83,11 +84,12 @@ def _table(x): return isinstance(x, list) and all(isinstance(r, dict) and "id" i
 def _rows(app, key, x, y):
     old, now = {r["id"]: r for r in x}, {r["id"]: r for r in y}
     rest = lambda r: {k: v for k, v in r.items() if k != "id"}
-    out = [gone(app, key, i) for i in old if i not in now] + [new(app, key, **rest(r)) for i, r in now.items() if i not in old]
+    out = [gone(app, key, i) for i in old if i not in now]
+    out += [new(app, key, **rest(r)) for i, r in now.items() if i not in old]
     return out + [changed(app, key, i, **{k: r.get(k) for k in old[i] | r if old[i].get(k) != r.get(k)})
                   for i, r in now.items() if i in old and old[i] != r]
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-011
+# %% ../../nbs/phone/32b_templates.ipynb #32b-013
 def alike(
     wanted, # a value, or `ANY`
     found,  # what is there
@@ -95,8 +97,10 @@ def alike(
     "Whether a value is as wanted."
     if wanted is ANY: return True
     if isinstance(wanted, str) and isinstance(found, str): return normal(wanted) == normal(found)
-    if isinstance(wanted, dict) and isinstance(found, dict): return wanted.keys() == found.keys() and all(alike(v, found[k]) for k, v in wanted.items())
-    if isinstance(wanted, (list, tuple)) and isinstance(found, list): return len(wanted) == len(found) and all(map(alike, wanted, found))
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return wanted.keys() == found.keys() and all(alike(v, found[k]) for k, v in wanted.items())
+    if isinstance(wanted, (list, tuple)) and isinstance(found, list):
+        return len(wanted) == len(found) and all(map(alike, wanted, found))
     return wanted == found and isinstance(wanted, bool) == isinstance(found, bool)
 
 def fulfilled(
@@ -111,7 +115,7 @@ def fulfilled(
         left.pop(i)
     return not left
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-014
+# %% ../../nbs/phone/32b_templates.ipynb #32b-017
 @lru_cache(1 << 14)
 def _drawn(app, content): return app.data(random.Random(derive_seed("content", app.name, content)), people(content))
 
@@ -120,23 +124,28 @@ class Content(dict):
     def __init__(self, seed): self.seed = seed # the content of a task
     def __missing__(self, name): return self.setdefault(name, _drawn(APPS[name], self.seed))
 
+def contents(
+    content: int, # of a task; 0 for a phone as Web Shopping has it
+) -> dict:        # the data of every app that keeps any
+    "What is on a phone before anything was done with it. It is never changed in place."
+    return _contents(content, tuple(APPS.values()))
+
+@lru_cache(1024)
+def _contents(content, apps): return {app.name: own for app in apps if (own := _drawn(app, content))}
+
 def beginning(
     task: Task | None, # None for a phone that is for nothing
 ) -> dict:             # the data of every app that keeps any
-    "What is on the phone when the episode of a task begins. It is never changed in place."
-    return _beginning(task, tuple(APPS.values()))
-
-@lru_cache(1024)
-def _beginning(task, apps):
-    data = {app.name: own for app in apps if (own := _drawn(app, task.content if task else 0))}
+    "What is on the phone when the episode of a task begins: its content, and what its template sets up."
+    data = contents(task.content if task else 0)
     return data | kind_of(task).setup(data, filling(task)) if task else data
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-016
+# %% ../../nbs/phone/32b_templates.ipynb #32b-020
 KINDS = {}  # name: `Kind`
 
 class Kind:
     "How tasks of one kind begin, are judged and are solved."
-    def setup(self, data, f): return {}                      # {app: data} that is other than `data` when the episode begins
+    def setup(self, data, f): return {}                      # {app: data} of what is other than `data` at the beginning
     def judge(self, phone, task): raise NotImplementedError  # 1.0 where the goal is reached, else 0.0
     def move(self, phone, task): raise NotImplementedError   # what to do next: see below
 
@@ -144,8 +153,8 @@ def kind_of(
     task: Task, # of any set
 ) -> Kind:
     "The kind of a task. Raises `DigiqError` for one that no chapter declares."
-    if task.template not in KINDS: raise DigiqError(f"task {task.id} is of the kind {task.template!r}, which this phone does not know")
-    return KINDS[task.template]
+    if task.template in KINDS: return KINDS[task.template]
+    raise DigiqError(f"task {task.id} is of the kind {task.template!r}, which this phone does not know: load it again")
 
 @lru_cache(4096)
 def filling(
@@ -154,7 +163,7 @@ def filling(
     "The values that a task was made with."
     return SimpleNamespace(**json.loads(task.filling or "{}"))
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-017
+# %% ../../nbs/phone/32b_templates.ipynb #32b-022
 class Template(Kind):
     "Base class of templates; `f` is the filling, `data` the data of all apps at the beginning."
     name, apps, level, horizon, unseen = "", (), 1, 12, False
@@ -164,32 +173,37 @@ class Template(Kind):
     def wanted(self, data, f): return []    # of `Change`
     def shown(self, phone, f): return True  # whether what has to be on show is
     def moves(self, phone, f): raise NotImplementedError # a move, or None where nothing is left to do
-    def misses(self, data, f): return {}    # name: other values for the filling, or a function like `moves` of (phone, f)
+    def misses(self, data, f): return {}    # name: other values for the filling, or a function (phone, f) -> move
 
     def done(self, phone, start, f):        # whether a phone that began with the data `start` is as wanted
-        return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, phone.now["data"]))
+        return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, phone.data))
 
     def judge(self, phone, task): return float(self.done(phone, beginning(task), filling(task)))
     def move(self, phone, task): return self.moves(phone, filling(task)) or WAIT
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-018
+# %% ../../nbs/phone/32b_templates.ipynb #32b-023
 def template(
     name: str,           # of its own: "set an alarm"
     *apps: str,          # that it leads through
-    level: int = 1,      # 1 one app, few steps; 2 search, read or several settings; 3 across apps, or something to find out first
+    level: int = 1,      # 1 one app, few steps; 2 search, read, fill in; 3 across apps, or something to find out first
     horizon: int = 12,   # steps that an episode may take, 10 to 15
     unseen: bool = False, # whether it is kept for the split "test_templates"
 ):                       # class decorator
     "Register a template. Raises `DigiqError` for one that is not complete."
     def register(cls):
-        if not (apps and level in (1, 2, 3) and 10 <= horizon <= 15): raise DigiqError(f"{name}: name an app, a level of 1 to 3, a horizon of 10 to 15")
-        if len(cls.goals) < 3 or not cls.held_out: raise DigiqError(f"{name}: give at least 3 goals and one held out")
-        if cls.wanted is Template.wanted and cls.shown is Template.shown: raise DigiqError(f"{name}: define wanted or shown")
-        if cls.moves is Template.moves or cls.misses is Template.misses: raise DigiqError(f"{name}: define moves and misses")
+        asked = {"name an app, a level of 1 to 3, a horizon of 10 to 15": apps and level in (1, 2, 3) and 10 <= horizon <= 15,
+                 "give at least 3 goals and one held out": len(cls.goals) > 2 and cls.held_out,
+                 "define wanted or shown": cls.wanted is not Template.wanted or cls.shown is not Template.shown,
+                 "define moves and misses": cls.moves is not Template.moves and cls.misses is not Template.misses,
+                 "let all goals name the same gaps": len({frozenset(_gaps(g)) for g in cls.goals + cls.held_out}) < 2}
+        for wish, done in asked.items():
+            if not done: raise DigiqError(f"template {name!r}: {wish}")
         cls.name, cls.apps, cls.level, cls.horizon, cls.unseen = name, apps, level, horizon, unseen
         KINDS[name] = cls()
         return cls
     return register
+
+def _gaps(goal): return [gap for _, gap, *_ in Formatter().parse(goal) if gap]
 
 def templates(
     app: str | None = None, # only those that lead through it
@@ -197,7 +211,7 @@ def templates(
     "The templates that the apps declare."
     return [k for k in KINDS.values() if isinstance(k, Template) and app in (None, *k.apps)]
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-020
+# %% ../../nbs/phone/32b_templates.ipynb #32b-025
 WAIT = ("wait", "")  # a tap that does nothing
 MARGIN = 0.02        # an element of which less is on show, as a share of the screen's height, is scrolled to first
 
@@ -209,7 +223,7 @@ def reachable(
     found = phone.screen().target(event)
     return found is not None and found.box[2] - found.box[0] >= MARGIN
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-021
+# %% ../../nbs/phone/32b_templates.ipynb #32b-026
 @lru_cache(1 << 14)
 def _holds(n, event): return n.on == event or any(_holds(c, event) for c in n.children)
 
@@ -221,7 +235,7 @@ def whereabouts(
     boxes = [box for n, box, seen, _ in ui.layout(root) if n.on == event or (not seen and _holds(n, event))]
     return ("down" if boxes[-1][1] + boxes[-1][3] > ui.SIZE[1] else "up") if boxes else None
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-023
+# %% ../../nbs/phone/32b_templates.ipynb #32b-028
 def tap(
     phone,          # a `SimPhone`, now
     *events: tuple, # the last one that is on show is tapped; the first one is looked for
@@ -244,7 +258,7 @@ def launch(
     if own["drawer"] or reachable(phone, ("launch", app)): return tap(phone, ("launch", app))
     return ("swipe", "right" if own["page"] else "left")
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-024
+# %% ../../nbs/phone/32b_templates.ipynb #32b-029
 def go(
     phone,     # a `SimPhone`, now
     app: str,  # name of an app of pages
@@ -261,7 +275,7 @@ def go(
     if have == want[:len(have)]: return tap(phone, ("open", *want[len(have)]))
     return ("press", "back") if len(have) > 1 else tap(phone, ("tab", want[0][0]))
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-025
+# %% ../../nbs/phone/32b_templates.ipynb #32b-030
 def fill(
     phone,       # a `SimPhone` with a form on show
     field: str,  # its name
@@ -285,7 +299,7 @@ def pick(
     wrong = sorted(set(held or []) ^ set(value), key=str)
     return tap(phone, ("toggle", field, wrong[0])) if wrong else None
 
-# %% ../../nbs/phone/32b_templates.ipynb #32b-027
+# %% ../../nbs/phone/32b_templates.ipynb #32b-032
 def showing(
     phone,      # a `SimPhone`, now
     app: str,   # name of an app of pages
@@ -298,7 +312,7 @@ def showing(
     return own["stack"][-1]["page"] == page and own["stack"][-1]["of"] == list(of)
 
 def look_up(
-    data: dict,  # of all apps: `data`, or `phone.now["data"]`
+    data: dict,  # of all apps: `data`, or `phone.data`
     app: str,    # whose
     table: str,  # list of records
     **fields,    # that the record has
