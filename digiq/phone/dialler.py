@@ -12,7 +12,8 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import (NUMBERS, by_name, centred, contact, contact_row, digits, find, first_number, name_of, number_of,
+from .contacts import (NUMBERS, by_name, centred, contact, contact_row, digits, find, first_number,
+                                  name_of, number_of,
                                   round_button, some_name, some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, record, removed, sent, stored
@@ -20,9 +21,12 @@ from .templates import Template, changed, fill, go, gone, look_up, new, showing,
 
 # %% ../../nbs/phone/34d_phone.ipynb #34d-006
 ui.ICONS |= {"incoming": "l 19 5 6 18;l 6 9 6 18 15 18", "outgoing": "l 5 19 18 6;l 9 6 18 6 18 15",
-             "missed": "l 3 8 12 16 21 7;l 14 7 21 7 21 14", "blocked": "o 2 2 22 22;l 5 5 19 19", "hang up": "a 1 9 23 26 200 340;d 1 13 8 19;d 16 13 23 19"}
-KINDS_OF_CALL = {"incoming": "Incoming call", "outgoing": "Outgoing call", "missed": "Missed call"} # also names of icons
+             "missed": "l 3 8 12 16 21 7;l 14 7 21 7 21 14", "blocked": "o 2 2 22 22;l 5 5 19 19",
+             "hang up": "a 1 9 23 26 200 340;d 1 13 8 19;d 16 13 23 19"}
+KINDS_OF_CALL = {"incoming": "Incoming call", "outgoing": "Outgoing call",
+                 "missed": "Missed call"} # also names of icons
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-007
 @app("phone")
 class Dialler(PagedApp):
     "Calls."
@@ -32,17 +36,20 @@ class Dialler(PagedApp):
     def data(self, rng, people):
         strangers = [some_number(rng) for _ in range(3)]
         numbers = rng.sample(strangers + [phone_of(rng.choice(people)) for _ in range(11)], 14)
-        when = sorted(((day, t) for day, t in zip((0,) * 4 + (1,) * 4 + (2,) * 3 + (3,) * 3, rng.sample(range(84, 115), 4) + rng.sample(range(115, 258), 10))), key=lambda d: (-d[0], d[1]))
+        times = rng.sample(range(84, 115), 4) + rng.sample(range(115, 258), 10) # of five minutes; today until 9:30
+        when = sorted(zip((0,) * 4 + (1,) * 4 + (2,) * 3 + (3,) * 3, times), key=lambda d: (-d[0], d[1]))
         kinds = [rng.choice(["missed", "incoming"] if n in strangers else list(KINDS_OF_CALL)) for n in numbers]
-        calls = [dict(id=i + 1, number=n, kind=k, day=day, time=clock_time(t // 12, t % 12 * 5), seconds=0 if k == "missed" else rng.randrange(9, 900))
+        calls = [dict(id=i + 1, number=n, kind=k, day=day, time=clock_time(t // 12, t % 12 * 5), seconds=0
+                      if k == "missed" else rng.randrange(9, 900))
                  for i, (n, k, (day, t)) in enumerate(zip(numbers, kinds, when))]
         return {"calls": calls, "blocked": [dict(id=i + 1, number=some_number(rng)) for i in range(2)]}
 
     def typed(self, state, text): # where no field has the focus, the keypad takes digits
         if state["focus"] or self.top(state)["page"] != "keypad": return super().typed(state, text)
-        return {**state, "fields": {**state["fields"], "number": (state["fields"].get("number", "") + digits(text))[:15]}}
+        return {**state, "fields": {**state["fields"],
+                                    "number": (state["fields"].get("number", "") + digits(text))[:15]}}
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-009
+# %% ../../nbs/phone/34d_phone.ipynb #34d-010
 def when(
     call: dict, # record
 ) -> str:       # "Yesterday, 4:10 PM"
@@ -62,16 +69,19 @@ def caller(self:Dialler, state, number): return name_of(state["reads"]["contacts
 @patch
 def _line(self:Dialler, state, call): # of the log
     who, red = self.caller(state, call["number"]), call["kind"] == "missed"
-    sub = ui.row(ui.icon(call["kind"], 40, ui.RED if red else ui.MUTED), ui.text(when(call), design.SMALL, ui.MUTED), gap=16)
+    sub = ui.row(ui.icon(call["kind"], 40, ui.RED if red else ui.MUTED), ui.text(when(call), design.SMALL, ui.MUTED),
+                 gap=16)
     words = ui.column(ui.text(who, design.BODY, ui.RED if red else ui.INK), sub, gap=8)
     ring = ui.icon_button("phone", ("redial", call["id"]), 60, f"call back {call['time']}", self.color)
-    return ui.row(design.avatar(who if who[0].isalpha() else "?", 104), words, ring, on=("open", "call", call["id"]), role="call", pad=(24, 32, 24, design.EDGE), gap=40, bg=ui.PAPER)
+    return ui.row(design.avatar(who if who[0].isalpha() else "?", 104), words, ring, on=("open", "call", call["id"]),
+                  role="call", pad=(24, 32, 24, design.EDGE), gap=40, bg=ui.PAPER)
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-011
+# %% ../../nbs/phone/34d_phone.ipynb #34d-012
 @patch
 def page_recents(self:Dialler, state, ep):
     rows = [self._line(state, c) for c in reversed(state["data"]["calls"])]
-    actions = (("missed", ("open", "missed"), "missed calls button"), ("blocked", ("open", "blocked"), "blocked numbers button"),
+    actions = (("missed", ("open", "missed"), "missed calls button"),
+               ("blocked", ("open", "blocked"), "blocked numbers button"),
                ("trash", ("ask", "clear log"), "delete all button"))
     return design.Page("Recents", rows or [design.empty("No calls", "phone")], actions=actions)
 
@@ -80,6 +90,7 @@ def page_missed(self:Dialler, state, ep):
     rows = [self._line(state, c) for c in reversed(state["data"]["calls"]) if c["kind"] == "missed"]
     return design.Page("Missed calls", rows or [design.empty("No missed calls", "phone")])
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-013
 @patch
 def page_call(self:Dialler, state, ep, id):
     c = record(state, "calls", id)
@@ -88,21 +99,28 @@ def page_call(self:Dialler, state, ep, id):
     deeds = [("Call", "phone", ("redial", id)), ("Message", "send", ("write", number)),
              ("Contact", "user", ("contact", number)) if known else ("Add", "plus", ("contact", number)),
              ("Unblock" if blocked else "Block", "blocked", ("block", number))]
-    facts = [design.list_row(KINDS_OF_CALL[c["kind"]], None, when(c), c["kind"], lasting(c["seconds"]) if c["seconds"] else None)]
-    rest = [design.list_row(KINDS_OF_CALL[e["kind"]], None, when(e), e["kind"], lasting(e["seconds"]) if e["seconds"] else None)
+    facts = [design.list_row(KINDS_OF_CALL[c["kind"]], None, when(c), c["kind"], lasting(c["seconds"]) if c["seconds"]
+                             else None)]
+    rest = [design.list_row(KINDS_OF_CALL[e["kind"]], None, when(e), e["kind"], lasting(e["seconds"]) if e["seconds"]
+                            else None)
             for e in reversed(state["data"]["calls"]) if e["number"] == number and e["id"] != id]
-    head = [centred(design.avatar(who if known else "?", 240)), centred(ui.text(who, design.TITLE, bold=True)), centred(ui.text(number, design.BODY, ui.MUTED)) if known else None,
-            centred(*[round_button(*d, self.color) for d in deeds], pad=(40, design.EDGE), gap=24), design.section("This call", self.color), *facts]
-    return design.Page("", [*head, *([design.section("Other calls", self.color), *rest] if rest else [])], actions=(("trash", ("ask", "delete", id), "delete button"),))
+    head = [centred(design.avatar(who if known else "?", 240)), centred(ui.text(who, design.TITLE, bold=True)),
+            centred(ui.text(number, design.BODY, ui.MUTED)) if known else None,
+            centred(*[round_button(*d, self.color) for d in deeds], pad=(40, design.EDGE),
+                    gap=24), design.section("This call", self.color), *facts]
+    return design.Page("", [*head, *([design.section("Other calls", self.color), *rest] if rest else [])],
+                       actions=(("trash", ("ask", "delete", id), "delete button"),))
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-012
+# %% ../../nbs/phone/34d_phone.ipynb #34d-014
 @patch
 def ask_delete(self:Dialler, state, ep, id):
-    return design.dialog("Delete this call from the log?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
+    return design.dialog("Delete this call from the log?",
+                         buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
 
 @patch
 def ask_clear_log(self:Dialler, state, ep):
-    return design.dialog("Delete all calls from the log?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("clear log",))], color=self.color)
+    return design.dialog("Delete all calls from the log?",
+                         buttons=[("Cancel", ("dismiss",)), ("Delete", ("clear log",))], color=self.color)
 
 @patch
 def on_delete(self:Dialler, state, ep, id): return self.closed(removed(state, "calls", id))
@@ -118,7 +136,7 @@ def on_contact(self:Dialler, state, ep, number):
     who = self.caller(state, number)
     return sent(state, "contacts", "show", who) if who != number else sent(state, "contacts", "add", "", number)
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-014
+# %% ../../nbs/phone/34d_phone.ipynb #34d-016
 @patch
 def dialled(self:Dialler, state, number): # the state with a call to a number under way
     if not digits(number): return state
@@ -135,19 +153,25 @@ def on_redial(self:Dialler, state, ep, id): return self.dialled(state, record(st
 @patch
 def asked_dial(self:Dialler, state, ep, number): return self.dialled(state, number)
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-017
 @patch
 def page_calling(self:Dialler, state, ep, number):
     who, on = self.caller(state, number), state["fields"].get("switched on", [])
-    deeds = [round_button(l, icon, ("toggle", "switched on", l), self.color, l in on) for l, icon in (("Mute", "mic"), ("Speaker", "volume"), ("Hold", "pause"))]
-    end = ui.icon_button("hang up", ("end",), 96, "end call button", ui.WHITE, ui.RED, width=216, height=216, radius=108)
-    words = [ui.text(t, size, color, bold=bold) for t, size, color, bold in ((who, 80, ui.INK, True), (number if who != number else "Not in the contacts", design.BODY, ui.MUTED, False), ("Calling…", design.HEAD, self.color, False))]
-    return design.Page("", [ui.spacer(120), centred(design.avatar(who if who != number else "?", 400)), ui.spacer(40), *map(centred, words), ui.spacer(), centred(*deeds, gap=80),
+    deeds = [round_button(l, icon, ("toggle", "switched on", l), self.color, l in on) for l,
+             icon in (("Mute", "mic"), ("Speaker", "volume"), ("Hold", "pause"))]
+    end = ui.icon_button("hang up", ("end",), 96, "end call button", ui.WHITE, ui.RED, width=216, height=216,
+                         radius=108)
+    words = [ui.text(who, 80, bold=True), ui.text(number if who != number else "Not in the contacts", design.BODY,
+                                                  ui.MUTED),
+             ui.text("Calling…", design.HEAD, self.color)]
+    return design.Page("", [ui.spacer(120), centred(design.avatar(who if who != number else "?", 400)), ui.spacer(40),
+                            *map(centred, words), ui.spacer(), centred(*deeds, gap=80),
                             ui.spacer(160), centred(end), ui.spacer(160)], still=True)
 
 @patch
 def on_end(self:Dialler, state, ep): return self.closed(state)
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-016
+# %% ../../nbs/phone/34d_phone.ipynb #34d-019
 LETTERS = dict(zip("1234567890*#", ("", "ABC", "DEF", "GHI", "JKL", "MNO", "PQRS", "TUV", "WXYZ", "+", "", "")))
 
 @patch
@@ -155,26 +179,32 @@ def page_keypad(self:Dialler, state, ep):
     number = state["fields"].get("number", "")
     who = self.caller(state, number_of(number)) if number else ""
     def key(face):
-        words = ui.column(ui.spacer(), ui.text(face, 76), ui.text(LETTERS[face], 32, ui.MUTED) if LETTERS[face] else None, ui.spacer(), align="center", height=176)
+        words = ui.column(ui.spacer(), ui.text(face, 76), ui.text(LETTERS[face], 32, ui.MUTED) if LETTERS[face]
+                          else None, ui.spacer(), align="center", height=176)
         return ui.row(words, width=260, height=176, radius=88, bg=ui.SURFACE, on=("digit", face), role="key")
-    shown = [centred(ui.text(number_of(number) or " ", 100, bold=True, lines=-1)), centred(ui.text(who if who != number_of(number) else " ", design.BODY, ui.MUTED))]
+    shown = [centred(ui.text(number_of(number) or " ", 100, bold=True, lines=-1)),
+             centred(ui.text(who if who != number_of(number) else " ", design.BODY, ui.MUTED))]
     rows = [centred(*map(key, faces), gap=48) for faces in ("123", "456", "789", "*0#")]
-    ring = ui.icon_button("phone", ("call", number), 88, "call button", ui.WHITE, self.color, width=200, height=200, radius=100)
+    ring = ui.icon_button("phone", ("call", number), 88, "call button", ui.WHITE, self.color, width=200, height=200,
+                          radius=100)
     erase = ui.icon_button("erase", ("erase",), 72, "erase button", ui.MUTED, width=200, height=200)
-    return design.Page("Keypad", [ui.spacer(), *shown, ui.spacer(), *rows, ui.spacer(40), centred(ui.spacer(200), ring, erase, gap=80), ui.spacer(60)], still=True)
+    return design.Page("Keypad", [ui.spacer(), *shown, ui.spacer(), *rows, ui.spacer(40),
+                                  centred(ui.spacer(200), ring, erase, gap=80), ui.spacer(60)], still=True)
 
 @patch
 def on_digit(self:Dialler, state, ep, digit):
     return {**state, "fields": {**state["fields"], "number": (state["fields"].get("number", "") + digit)[:15]}}
 
 @patch
-def on_erase(self:Dialler, state, ep): return {**state, "fields": {**state["fields"], "number": state["fields"].get("number", "")[:-1]}}
+def on_erase(self:Dialler, state, ep):
+    return {**state, "fields": {**state["fields"], "number": state["fields"].get("number", "")[:-1]}}
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-017
+# %% ../../nbs/phone/34d_phone.ipynb #34d-020
 @patch
 def page_favourites(self:Dialler, state, ep):
     stars = [c for c in by_name(state["reads"]["contacts"].get("contacts", [])) if c["favourite"] and first_number(c)]
-    tile = lambda c: ui.column(design.avatar(c["name"], 240), ui.text(c["name"], design.BODY), align="center", gap=24, pad=(40, 16), width=480, on=("favourite", c["id"]), role="favourite")
+    tile = lambda c: ui.column(design.avatar(c["name"], 240), ui.text(c["name"], design.BODY), align="center", gap=24,
+                               pad=(40, 16), width=480, on=("favourite", c["id"]), role="favourite")
     rows = [ui.row(*map(tile, stars[i:i + 2]), pad=(8, design.EDGE), gap=24) for i in range(0, len(stars), 2)]
     return design.Page("Favourites", rows or [design.empty("Contacts with a star stand here", "star")])
 
@@ -187,12 +217,15 @@ def fields_blocked(self:Dialler, state, ep): return {"block": ""}
 
 @patch
 def page_blocked(self:Dialler, state, ep):
-    rows = [design.list_row(self.caller(state, b["number"]), None, "Calls are rejected", "blocked", ui.icon_button("close", ("unblock", b["id"]), 48, f"unblock {b['number']}", ui.MUTED))
+    rows = [design.list_row(self.caller(state, b["number"]), None, "Calls are rejected", "blocked",
+                            ui.icon_button("close", ("unblock", b["id"]), 48, f"unblock {b['number']}", ui.MUTED))
             for b in state["data"]["blocked"]]
-    add = ui.row(ui.spacer(), ui.button("Block", ("block typed",), color=self.color, role="block button"), pad=(16, design.EDGE))
-    return design.Page("Blocked numbers", [design.form_field(state, "block", "Number to block"), add, *(rows or [design.empty("Nobody is blocked", "blocked")])])
+    add = ui.row(ui.spacer(), ui.button("Block", ("block typed",), color=self.color, role="block button"),
+                 pad=(16, design.EDGE))
+    return design.Page("Blocked numbers", [design.form_field(state, "block", "Number to block"), add,
+                                           *(rows or [design.empty("Nobody is blocked", "blocked")])])
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-018
+# %% ../../nbs/phone/34d_phone.ipynb #34d-021
 @patch
 def on_block(self:Dialler, state, ep, number):
     there = next((b["id"] for b in state["data"]["blocked"] if b["number"] == number), None)
@@ -211,7 +244,7 @@ def on_submit(self:Dialler, state, ep, field): return self.on_block_typed(state,
 @patch
 def on_unblock(self:Dialler, state, ep, id): return removed(state, "blocked", id)
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-025
+# %% ../../nbs/phone/34d_phone.ipynb #34d-028
 def call_made(
     number: str, # that was called
 ):               # a `Change`
@@ -226,7 +259,8 @@ def some_call(
 ) -> dict | None: # a record, with the name of the other one
     "A call of the log."
     names = {c["id"]: name_of(data["contacts"]["contacts"], c["number"]) for c in data["phone"]["calls"]}
-    some = [{**c, "name": names[c["id"]]} for c in data["phone"]["calls"] if c["kind"] in kinds and known in (None, names[c["id"]] != c["number"])]
+    some = [{**c, "name": names[c["id"]]} for c in data["phone"]["calls"] if c["kind"] in kinds
+            and known in (None, names[c["id"]] != c["number"])]
     return rng.choice(some) if some else None
 
 def near(
@@ -235,10 +269,11 @@ def near(
     "A number that is a digit off."
     return number[:-1] + str((int(number[-1]) + 1) % 10)
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-026
+# %% ../../nbs/phone/34d_phone.ipynb #34d-030
 @template("dial a number", "phone")
 class Dial(Template):
-    goals = ("Call {number}", "Dial {number}", "Open the phone app and call the number {number}", "Make a call to {number}")
+    goals = ("Call {number}", "Dial {number}", "Open the phone app and call the number {number}",
+             "Make a call to {number}")
     held_out = ("Ring {number}", "I want to talk to {number} on the phone")
     def fill(self, rng, data): return {"number": some_number(rng)}
     def wanted(self, data, f): return [call_made(f.number)]
@@ -247,11 +282,15 @@ class Dial(Template):
         held, short = phone.now["apps"]["phone"]["fields"].get("number", ""), digits(f.number)
         if not short.startswith(held): return tap(phone, ("erase",))
         return tap(phone, ("call", held)) if held == short else ("type", short[len(held):])
-    def misses(self, data, f): return {"a digit off": {"number": near(f.number)}, "blocked instead": lambda phone, f: go(phone, "phone", "blocked") or fill(phone, "block", f.number) or tap(phone, ("block typed",))}
+    def misses(self, data, f):
+        blocked = lambda phone, f: BlockNumber().moves(phone, f)
+        return {"a digit off": {"number": near(f.number)}, "blocked instead": blocked}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-033
 @template("call a contact", "phone", "contacts", level=2)
 class CallContact(Template):
-    goals = ("Call {name} on the mobile phone", "Call the mobile number of {name}", "Dial the mobile number that the contacts have for {name}")
+    goals = ("Call {name} on the mobile phone", "Call the mobile number of {name}",
+             "Dial the mobile number that the contacts have for {name}")
     held_out = ("I would like to speak to {name}, call the mobile phone",)
     which, other = "mobile", "work"
     def fill(self, rng, data):
@@ -262,18 +301,22 @@ class CallContact(Template):
     def misses(self, data, f):
         elsewhere = lambda phone, f: go(phone, "contacts", ("contact", f.id)) or tap(phone, ("call", f.id, self.other))
         somebody = next(c["id"] for c in data["contacts"]["contacts"] if c["id"] != f.id and c[self.which])
-        return {"somebody else": {"id": somebody}, **({"another number": elsewhere} if look_up(data, "contacts", "contacts", id=f.id)[self.other] else {})}
+        return {"somebody else": {"id": somebody}, **({"another number": elsewhere}
+                                                      if look_up(data, "contacts", "contacts", id=f.id)[self.other]
+                                                      else {})}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-036
 @template("call a contact at work", "phone", "contacts", level=2)
 class CallAtWork(CallContact):
     goals = ("Call {name} at work", "Call the work number of {name}", "Phone {name} at the office")
     held_out = ("{name} is at work now, call there",)
     which, other = "work", "mobile"
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-027
+# %% ../../nbs/phone/34d_phone.ipynb #34d-039
 @template("call back", "phone", level=2, horizon=10)
 class CallBack(Template):
-    goals = ("Call back whoever I missed at {time}", "Return the missed call of {time}", "I missed a call at {time}: call back")
+    goals = ("Call back whoever I missed at {time}", "Return the missed call of {time}",
+             "I missed a call at {time}: call back")
     held_out = ("Somebody tried to reach me at {time}, call this number",)
     def fill(self, rng, data):
         c = some_call(rng, data, kinds=("missed",))
@@ -284,21 +327,27 @@ class CallBack(Template):
         other = next(c for c in data["phone"]["calls"] if c["number"] != f.number)
         return {"another caller": {"id": other["id"], "number": other["number"]}}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-042
 @template("delete a call", "phone", level=2)
 class DeleteCall(Template):
-    goals = ("Delete the call of {time} from the call log", "Remove the {time} call from my recent calls", "Take the call at {time} out of the log")
+    goals = ("Delete the call of {time} from the call log", "Remove the {time} call from my recent calls",
+             "Take the call at {time} out of the log")
     held_out = ("Nobody should see in the log that there was a call at {time}",)
     def fill(self, rng, data):
         c = some_call(rng, data)
         return {"time": c["time"], "id": c["id"]}
     def wanted(self, data, f): return [gone("phone", "calls", f.id)]
-    def moves(self, phone, f): return go(phone, "phone", ("call", f.id)) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))
+    def moves(self, phone, f):
+        return go(phone, "phone", ("call", f.id)) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))
     def misses(self, data, f):
-        return {"another call": {"id": f.id % len(data["phone"]["calls"]) + 1}, "all of them": lambda phone, f: go(phone, "phone") or tap(phone, ("ask", "clear log"), ("clear log",))}
+        return {"another call": {"id": f.id % len(data["phone"]["calls"]) + 1},
+                "all of them": lambda phone, f: go(phone, "phone") or tap(phone, ("ask", "clear log"), ("clear log",))}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-045
 @template("show a call", "phone", horizon=10)
 class ShowCall(Template):
-    goals = ("Show how long the call of {time} was", "Open the details of the call at {time}", "Show the entry of the {time} call in the call log")
+    goals = ("Show how long the call of {time} was", "Open the details of the call at {time}",
+             "Show the entry of the {time} call in the call log")
     held_out = ("Let me see more about the call at {time}",)
     def fill(self, rng, data):
         c = some_call(rng, data)
@@ -307,19 +356,23 @@ class ShowCall(Template):
     def moves(self, phone, f): return go(phone, "phone", ("call", f.id))
     def misses(self, data, f): return {"another call": {"id": f.id % len(data["phone"]["calls"]) + 1}}
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-028
+# %% ../../nbs/phone/34d_phone.ipynb #34d-048
 @template("block a number", "phone", level=2)
 class BlockNumber(Template):
-    goals = ("Block the number {number}", "Reject all calls from {number}", "Put {number} on the list of blocked numbers")
+    goals = ("Block the number {number}", "Reject all calls from {number}",
+             "Put {number} on the list of blocked numbers")
     held_out = ("{number} should not be able to call me any more",)
     def fill(self, rng, data): return {"number": some_number(rng)}
     def wanted(self, data, f): return [new("phone", "blocked", number=f.number)]
-    def moves(self, phone, f): return go(phone, "phone", "blocked") or fill(phone, "block", f.number) or tap(phone, ("block typed",))
+    def moves(self, phone, f):
+        return go(phone, "phone", "blocked") or fill(phone, "block", f.number) or tap(phone, ("block typed",))
     def misses(self, data, f): return {"a digit off": {"number": near(f.number)}}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-051
 @template("block a caller", "phone", level=2)
 class BlockCaller(Template):
-    goals = ("Block whoever called at {time}", "Block the number of the {time} call", "The call at {time} was a nuisance: block the number")
+    goals = ("Block whoever called at {time}", "Block the number of the {time} call",
+             "The call at {time} was a nuisance: block the number")
     held_out = ("I never want to be called again by the one who called at {time}",)
     def fill(self, rng, data):
         c = some_call(rng, data, False)
@@ -329,8 +382,10 @@ class BlockCaller(Template):
     def misses(self, data, f):
         other = next(c for c in data["phone"]["calls"] if c["number"] != f.number)
         return {"another caller": {"id": other["id"], "number": other["number"]},
-                "deleted": lambda phone, f: go(phone, "phone", ("call", f.id)) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))}
+                "deleted": lambda phone, f: go(phone, "phone", ("call", f.id)) or tap(phone, ("ask", "delete", f.id),
+                                                                                      ("delete", f.id))}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-054
 @template("unblock a number", "phone", level=2, unseen=True, horizon=10)
 class Unblock(Template):
     goals = ("Unblock {number}", "Take {number} off the list of blocked numbers", "Allow calls from {number} again")
@@ -342,10 +397,11 @@ class Unblock(Template):
     def moves(self, phone, f): return go(phone, "phone", "blocked") or tap(phone, ("unblock", f.id))
     def misses(self, data, f): return {"the other one": {"id": 3 - f.id}}
 
-# %% ../../nbs/phone/34d_phone.ipynb #34d-029
+# %% ../../nbs/phone/34d_phone.ipynb #34d-057
 @template("save a caller", "phone", "contacts", level=3, horizon=14)
 class SaveCaller(Template):
-    goals = ("The unknown number that called at {time} belongs to {name}: add it to the contacts", "Save whoever called at {time} as {name} in the contacts",
+    goals = ("The unknown number that called at {time} belongs to {name}: add it to the contacts",
+             "Save whoever called at {time} as {name} in the contacts",
              "Create the contact {name} with the number of the {time} call")
     held_out = ("It was {name} who called at {time}; keep the number",)
     def fill(self, rng, data):
@@ -354,21 +410,33 @@ class SaveCaller(Template):
     def wanted(self, data, f): return [new("contacts", "contacts", **contact(f.name, mobile=f.number))]
     def moves(self, phone, f):
         own = phone.now["apps"].get("contacts")
-        if phone.now["app"] == "contacts" and own["stack"][-1]["page"] == "form" and own["fields"]["mobile"] == f.number: return go(phone, "contacts", ("form", 0)) or fill(phone, "name", f.name) or tap(phone, ("save", 0))
-        return go(phone, "phone", ("call", f.id)) or tap(phone, ("contact", f.number))
-    def misses(self, data, f): return {"another name": {"name": f.name + "s"}, "another caller": next({"id": c["id"], "number": c["number"]} for c in data["phone"]["calls"] if c["number"] != f.number and name_of(data["contacts"]["contacts"], c["number"]) == c["number"])}
+        asked = own and own["stack"][-1]["page"] == "form" and own["fields"]["mobile"] == f.number
+        if not (asked and phone.now["app"] == "contacts"):
+            return go(phone, "phone", ("call", f.id)) or tap(phone, ("contact", f.number))
+        return go(phone, "contacts", ("form", 0)) or fill(phone, "name", f.name) or tap(phone, ("save", 0))
+    def misses(self, data, f):
+        strangers = [c for c in data["phone"]["calls"]
+                     if name_of(data["contacts"]["contacts"], c["number"]) == c["number"] != f.number]
+        return {"another name": {"name": f.name + "s"},
+                "another caller": {k: strangers[0][k] for k in ("id", "number")}}
 
+# %% ../../nbs/phone/34d_phone.ipynb #34d-060
 @template("star a caller", "phone", "contacts", level=3, unseen=True)
 class StarCaller(Template):
-    goals = ("Make the contact of the {time} call a favourite", "Look in the log who was on the phone at {time}, and add this contact to the favourites",
+    goals = ("Make the contact of the {time} call a favourite",
+             "Look in the log who was on the phone at {time}, and add this contact to the favourites",
              "Put a star on the contact with whom there was a call at {time}")
     held_out = ("Whoever was on the phone at {time} belongs among my favourite contacts",)
     def fill(self, rng, data):
         c = some_call(rng, data, True)
         who = c and look_up(data, "contacts", "contacts", name=c["name"])
-        return {"time": c["time"], "number": c["number"], "call": c["id"], "id": who["id"]} if who and not who["favourite"] else None
+        return ({"time": c["time"], "number": c["number"], "call": c["id"], "id": who["id"]} if who
+                and not who["favourite"] else None)
     def wanted(self, data, f): return [changed("contacts", "contacts", f.id, favourite=True)]
-    def moves(self, phone, f): return tap(phone, ("star", f.id)) if showing(phone, "contacts", "contact", f.id) else go(phone, "phone", ("call", f.call)) or tap(phone, ("contact", f.number))
+    def moves(self, phone, f):
+        if showing(phone, "contacts", "contact", f.id): return tap(phone, ("star", f.id))
+        return go(phone, "phone", ("call", f.call)) or tap(phone, ("contact", f.number))
     def misses(self, data, f):
         other = next(c for c in data["contacts"]["contacts"] if c["id"] != f.id and not c["favourite"])
-        return {"somebody else": lambda phone, f: go(phone, "contacts", ("contact", other["id"])) or tap(phone, ("star", other["id"]))}
+        return {"somebody else": lambda phone, f: go(phone, "contacts", ("contact", other["id"]))
+                or tap(phone, ("star", other["id"]))}

@@ -4,30 +4,31 @@
 
 # %% auto #0
 __all__ = ['TALKS', 'NEW_NUMBER', 'DOOR_CODE', 'NOTICES', 'TEXTS', 'Messages', 'bubble', 'message_sent', 'write_to',
-           'some_thread', 'other_thread', 'SendMessage', 'TextNumber', 'menu', 'delete', 'DeleteThread', 'MuteThread',
-           'PinThread', 'UnmuteThread', 'MarkUnread', 'ShowThread', 'about', 'AnswerAbout', 'DeleteAbout', 'has_read',
-           'told', 'NoteNumber', 'PassOn', 'MessageCaller', 'ShareNumber']
+           'some_thread', 'SendMessage', 'TextNumber', 'DeleteThread', 'MuteThread', 'PinThread', 'UnmuteThread',
+           'MarkUnread', 'ShowThread', 'about', 'AnswerAbout', 'DeleteAbout', 'told', 'NoteNumber', 'PassOn',
+           'MessageCaller', 'ShareNumber']
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-003
 from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import by_name, contact_row, digits, find, first_number, menu_dialog, name_of, number_of, other_contact, search_bar, some_number
+from .contacts import (by_name, contact_row, digits, find, first_number, menu_dialog, name_of, number_of, other_contact,
+                                  search_bar, some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
 from .templates import ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-006
 TALKS = {
-    "the boat trip": "Are you in for the boat trip on Saturday?|>Yes, count me in|Great. Bring a jacket, it is windy out there",
+    "the boat trip": "Are you in for the boat trip on Saturday?|>Yes, count me in|Great. Bring a jacket",
     "the strawberries": "The garden is full of strawberries|>I will come and pick some|Any evening is fine",
     "the piano": "Do you still want the old piano?|>Let me measure the door first|No hurry",
     "the concert": "I have two tickets for the concert|>When is it?|Friday at eight, in the town hall",
     "the umbrella": "Did I leave my umbrella at your place?|>The red one? It is in the hall|I will fetch it tomorrow",
     "the chess club": "The chess club meets on Thursday|>Same place?|Yes, above the bakery",
     "the leaking tap": ">The plumber comes on Monday for the leaking tap|Good, I will be at home",
-    "the night train": "The night train leaves at ten past nine|>I will be on the platform|Take something to eat with you",
+    "the night train": "The night train leaves at ten past nine|>I will be there|Take something to eat with you",
     "the tent": "May I borrow your tent in July?|>Of course. One pole is broken, though|I can mend that",
     "the exam": "I passed the exam!|>Congratulations|Dinner is on me",
     "the ladder": ">Is your ladder free this weekend?|Yes, it is in the shed",
@@ -41,9 +42,12 @@ TALKS |= {
     "the mushrooms": "We found mushrooms behind the mill|>Are you sure that they are good?|Nobody is ill yet",
     "the puppet show": "The puppet show for the children is on Sunday|>We will come with all four",
     "the bicycle": "Your bicycle is repaired|>Thank you! What do I owe you?|A cup of coffee"}
-NEW_NUMBER, DOOR_CODE = "From now on I have a new number: {}|>Thank you, I will note it down", "The code of the front door is {}. Do not lose it"
-NOTICES = {"Parcel Post": "Your parcel arrives today between 2 and 4 PM", "Tram Ticket": "Your ticket is valid until midnight. Good journey",
-           "Water Works": "On Thursday the water is off from 9 to 11 AM", "City Library": "Two of your books are due on Friday"}
+NEW_NUMBER = "From now on I have a new number: {}|>Thank you, I will note it down"
+DOOR_CODE = "The code of the front door is {}. Do not lose it"
+NOTICES = {"Parcel Post": "Your parcel arrives today between 2 and 4 PM",
+           "Tram Ticket": "Your ticket is valid until midnight. Good journey",
+           "Water Works": "On Thursday the water is off from 9 to 11 AM",
+           "City Library": "Two of your books are due on Friday"}
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-008
 @app("messages")
@@ -52,17 +56,23 @@ class Messages(PagedApp):
     reads = ("contacts",)
 
     def data(self, rng, people):
-        talks = [*(TALKS[t] for t in rng.sample(list(TALKS), 5)), NEW_NUMBER.format(some_number(rng)), DOOR_CODE.format(rng.randrange(1000, 10_000))]
+        talks = [*(TALKS[t] for t in rng.sample(list(TALKS), 5)), NEW_NUMBER.format(some_number(rng)),
+                 DOOR_CODE.format(rng.randrange(1000, 10_000))]
         threads = [*zip(map(phone_of, rng.sample(people, 7)), talks), rng.choice(list(NOTICES.items()))]
         rng.shuffle(threads)
-        ats = [day_name(-d) for d in (9, 6, 4, 3, 2)] + ["Yesterday", "Yesterday", *map(lambda m: clock_time(8 + m // 60, m % 60), sorted(rng.sample(range(5, 99), 1)))]
-        messages = [dict(thread=i + 1, me=line[0] == ">", text=line.strip(">"), at=when) for i, ((_, talk), when) in enumerate(zip(threads, ats)) for line in talk.split("|")]
+        ats = [day_name(-d) for d in (9, 6, 4, 3, 2)] + ["Yesterday", "Yesterday",
+                                                         *map(lambda m: clock_time(8 + m // 60, m % 60),
+                                                              sorted(rng.sample(range(5, 99), 1)))]
+        messages = [dict(thread=i + 1, me=line[0] == ">", text=line.strip(">"), at=when) for i,
+                    ((_, talk), when) in enumerate(zip(threads, ats)) for line in talk.split("|")]
         theirs = lambda i: not [m for m in messages if m["thread"] == i + 1][-1]["me"]
-        rows = [dict(id=i + 1, number=n, unread=theirs(i) and rng.random() < .4, pinned=rng.random() < .2, muted=rng.random() < .2) for i, (n, _) in enumerate(threads)]
+        rows = [dict(id=i + 1, number=n, unread=theirs(i) and rng.random() < .4, pinned=rng.random() < .2,
+                     muted=rng.random() < .2) for i, (n, _) in enumerate(threads)]
         return {"threads": rows, "messages": [{"id": i + 1, **m} for i, m in enumerate(messages)]}
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-011
-ui.ICONS |= {"pin": "p 9 2 15 2 14 9 18 14 6 14 10 9;l 12 14 12 22", "muted": "p 12 3 17 6 18 16 20 18 4 18 6 16 7 6;d 10 18 14 22;l 2 2 22 22"}
+ui.ICONS |= {"pin": "p 9 2 15 2 14 9 18 14 6 14 10 9;l 12 14 12 22",
+             "muted": "p 12 3 17 6 18 16 20 18 4 18 6 16 7 6;d 10 18 14 22;l 2 2 22 22"}
 
 @patch
 def writer(self:Messages, state, number): return name_of(state["reads"]["contacts"].get("contacts", []), number)
@@ -71,24 +81,31 @@ def writer(self:Messages, state, number): return name_of(state["reads"]["contact
 def said(self:Messages, state, id): return [m for m in state["data"]["messages"] if m["thread"] == id]
 
 @patch
-def unread(self:Messages, state, thread): return thread["unread"] and thread["id"] not in state["fields"].get("seen", [])
+def unread(self:Messages, state, thread):
+    return thread["unread"] and thread["id"] not in state["fields"].get("seen", [])
 
 @patch
 def _line(self:Messages, state, t, text="", at=""): # a thread in a list
     who, fresh = self.writer(state, t["number"]), self.unread(state, t)
     marks = [ui.icon(name, 40, ui.MUTED) for name in ("pin", "muted") if t[{"pin": "pinned"}.get(name, name)]]
     dot = ui.column(width=32, height=32, radius=16, bg=self.color) if fresh else None
-    words = ui.column(ui.text(who, design.BODY, bold=fresh), ui.text(text, design.SMALL, ui.INK if fresh else ui.MUTED), gap=8)
-    side = ui.column(ui.text(at, design.SMALL, ui.MUTED), ui.row(ui.spacer(), *marks, dot, height=44, width=140, gap=16), gap=8, align="end", width="wrap")
-    return ui.row(design.avatar(who if who[0].isalpha() else "?", 112), words, side, on=("open", "thread", t["id"]), role="thread", pad=(28, design.EDGE), gap=36, bg=ui.PAPER)
+    words = ui.column(ui.text(who, design.BODY, bold=fresh),
+                      ui.text(text, design.SMALL, ui.INK if fresh else ui.MUTED), gap=8)
+    side = ui.column(ui.text(at, design.SMALL, ui.MUTED),
+                     ui.row(ui.spacer(), *marks, dot, height=44, width=140, gap=16), gap=8, align="end", width="wrap")
+    return ui.row(design.avatar(who if who[0].isalpha() else "?", 112), words, side, on=("open", "thread", t["id"]),
+                  role="thread", pad=(28, design.EDGE), gap=36, bg=ui.PAPER)
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-012
 @patch
 def page_home(self:Messages, state, ep):
     last = {m["thread"]: m for m in state["data"]["messages"]}
-    ranked = sorted(state["data"]["threads"], key=lambda t: (not t["pinned"], -last[t["id"]]["id"] if t["id"] in last else 0))
-    rows = [self._line(state, t, ("You: " if m["me"] else "") + m["text"], m["at"]) for t in ranked if (m := last.get(t["id"]))]
-    return design.Page("Messages", [search_bar("Search messages"), *(rows or [design.empty("No messages", "mail")])], button=("plus", ("open", "new"), "new message button"))
+    ranked = sorted(state["data"]["threads"],
+                    key=lambda t: (not t["pinned"], -last[t["id"]]["id"] if t["id"] in last else 0))
+    rows = [self._line(state, t, ("You: " if m["me"] else "") + m["text"], m["at"]) for t in ranked
+            if (m := last.get(t["id"]))]
+    return design.Page("Messages", [search_bar("Search messages"), *(rows or [design.empty("No messages", "mail")])],
+                       button=("plus", ("open", "new"), "new message button"))
 
 @patch
 def fields_search(self:Messages, state, ep): return {"find": ""}
@@ -96,7 +113,8 @@ def fields_search(self:Messages, state, ep): return {"find": ""}
 @patch
 def page_search(self:Messages, state, ep):
     asked = state["fields"]["find"].strip().lower()
-    hit = lambda t: next((m for m in reversed(self.said(state, t["id"])) if asked in m["text"].lower() or asked in self.writer(state, t["number"]).lower()), None)
+    hit = lambda t: next((m for m in reversed(self.said(state, t["id"])) if asked in m["text"].lower()
+                          or asked in self.writer(state, t["number"]).lower()), None)
     rows = [self._line(state, t, m["text"], m["at"]) for t in state["data"]["threads"] if asked and (m := hit(t))]
     none = design.empty("Nothing found" if asked else "Words or a name", "search")
     return design.Page("Search", [design.search_field(state, "find", "Search messages"), *(rows or [none])])
@@ -108,32 +126,41 @@ def bubble(
 ) -> ui.Node:
     "A message in its thread."
     bg, ink = (color, ui.WHITE) if message["me"] else (ui.SURFACE, ui.INK)
-    words = ui.column(ui.text(message["text"], design.BODY, ink, lines=8), width="wrap", pad=(24, 36), radius=48, bg=bg, role="message")
-    return ui.row(ui.spacer(), words, pad=(8, design.EDGE, 8, 220)) if message["me"] else ui.row(words, pad=(8, 220, 8, design.EDGE))
+    words = ui.column(ui.text(message["text"], design.BODY, ink, lines=8), width="wrap", pad=(24, 36), radius=48,
+                      bg=bg, role="message")
+    return (ui.row(ui.spacer(), words, pad=(8, design.EDGE, 8, 220)) if message["me"]
+            else ui.row(words, pad=(8, 220, 8, design.EDGE)))
 
 @patch
 def composer(self:Messages, state): # a line to write into
-    box = ui.field(state["fields"].get("text", ""), "Message", state["focus"] == "text", ("focus", "text"), ("clear", "text"), None, "message field", id="text")
-    return ui.row(box, ui.icon_button("send", ("say",), 60, "send button", ui.WHITE, self.color, width=120, height=120, radius=60), pad=(20, 32), gap=24, bg=ui.PAPER)
+    box = ui.field(state["fields"].get("text", ""), "Message", state["focus"] == "text", ("focus", "text"),
+                   ("clear", "text"), None, "message field", id="text")
+    return ui.row(box, ui.icon_button("send", ("say",), 60, "send button", ui.WHITE, self.color, width=120,
+                                      height=120, radius=60), pad=(20, 32), gap=24, bg=ui.PAPER)
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-015
 @patch
 def page_thread(self:Messages, state, ep, id):
     t, body, day = record(state, "threads", id), [], ""
     for m in self.said(state, id):
-        if m["at"] != day: body.append(ui.row(ui.spacer(), ui.text(day := m["at"], design.SMALL, ui.MUTED), ui.spacer(), pad=(32, 0, 16, 0)))
+        if m["at"] != day: body.append(ui.row(ui.spacer(), ui.text(day := m["at"], design.SMALL, ui.MUTED),
+                                              ui.spacer(), pad=(32, 0, 16, 0)))
         body.append(bubble(m, self.color))
     ring = (("phone", ("send", "phone", "dial", t["number"]), "call button"),) if digits(t["number"]) else ()
-    return design.Page(self.writer(state, t["number"]), body, (*ring, ("more", ("ask", "menu", id), "menu button")), foot=self.composer(state), enter="Send")
+    return design.Page(self.writer(state, t["number"]), body, (*ring, ("more", ("ask", "menu", id), "menu button")),
+                       foot=self.composer(state), enter="Send")
 
 @patch
 def fields_thread(self:Messages, state, ep, id):
-    return {"text": state["fields"].get("text", "") if self.top(state)["page"] == "new" else "", "seen": [*state["fields"].get("seen", []), id]}
+    return {"text": state["fields"].get("text", "") if self.top(state)["page"] == "new" else "",
+            "seen": [*state["fields"].get("seen", []), id]}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-015
+# %% ../../nbs/phone/34e_messages.ipynb #34e-016
 @patch
 def on_open(self:Messages, state, ep, page, *of): # a thread from its end
     state = PagedApp.on_open(self, state, ep, page, *of)
-    return state if page != "thread" else {**state, "stack": [*state["stack"][:-1], {**self.top(state), "scroll": 9999}]}
+    return (state if page != "thread" else {**state, "stack": [*state["stack"][:-1],
+                                                               {**self.top(state), "scroll": 9999}]})
 
 @patch
 def on_say(self:Messages, state, ep):
@@ -144,21 +171,25 @@ def on_say(self:Messages, state, ep):
         here = at("thread", state["data"]["threads"][-1]["id"])
         state = {**state, "stack": [at("home"), here]}
     state = added(state, "messages", thread=here["of"][0], me=True, text=text, at=clock_time(*NOW))
-    return {**state, "focus": None, "fields": {**state["fields"], "text": ""}, "stack": [*state["stack"][:-1], {**here, "scroll": 9999}]}
+    return {**state, "focus": None, "fields": {**state["fields"], "text": ""},
+            "stack": [*state["stack"][:-1], {**here, "scroll": 9999}]}
 
 @patch
-def on_submit(self:Messages, state, ep, field): return self.on_say(state, ep) if field == "text" else {**state, "focus": None}
+def on_submit(self:Messages, state, ep, field):
+    return self.on_say(state, ep) if field == "text" else {**state, "focus": None}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-017
+# %% ../../nbs/phone/34e_messages.ipynb #34e-018
 @patch
 def ask_menu(self:Messages, state, ep, id):
     t = record(state, "threads", id)
     return menu_dialog(self.writer(state, t["number"]), [
-        ("Unpin" if t["pinned"] else "Pin", "pin", ("mark", id, "pinned")), ("Unmute" if t["muted"] else "Mute", "muted", ("mark", id, "muted")),
+        ("Unpin" if t["pinned"] else "Pin", "pin", ("mark", id, "pinned")), ("Unmute" if t["muted"] else "Mute",
+                                                                             "muted", ("mark", id, "muted")),
         ("Mark as unread", "mail", ("leave unread", id)), ("Delete", "trash", ("ask", "delete", id))], self.color)
 
 @patch
-def on_mark(self:Messages, state, ep, id, what): return {**edited(state, "threads", id, **{what: not record(state, "threads", id)[what]}), "ask": None}
+def on_mark(self:Messages, state, ep, id, what):
+    return {**edited(state, "threads", id, **{what: not record(state, "threads", id)[what]}), "ask": None}
 
 @patch
 def on_leave_unread(self:Messages, state, ep, id):
@@ -167,14 +198,15 @@ def on_leave_unread(self:Messages, state, ep, id):
 
 @patch
 def ask_delete(self:Messages, state, ep, id):
-    return design.dialog("Delete the whole conversation?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
+    return design.dialog("Delete the whole conversation?",
+                         buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
 
 @patch
 def on_delete(self:Messages, state, ep, id):
     state = stored(state, messages=[m for m in state["data"]["messages"] if m["thread"] != id])
     return self.closed(removed(state, "threads", id))
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-019
+# %% ../../nbs/phone/34e_messages.ipynb #34e-020
 @patch
 def fields_new(self:Messages, state, ep): return {"to": "", "text": ""}
 
@@ -183,25 +215,30 @@ def thread_of(self:Messages, state, number): # the page for a number: (name, arg
     t = next((t for t in state["data"]["threads"] if t["number"] == number), None)
     return ("thread", t["id"]) if t else ("start", number)
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-021
 @patch
 def page_new(self:Messages, state, ep):
     asked = state["fields"].get("to", "").strip().lower()
     known = [(c, first_number(c)) for c in by_name(state["reads"]["contacts"].get("contacts", [])) if first_number(c)]
-    rows = [contact_row(c, ("open", *self.thread_of(state, n)), n) for c, n in known if asked in c["name"].lower() or digits(asked) and digits(asked) in digits(n)]
+    rows = [contact_row(c, ("open", *self.thread_of(state, n)), n) for c, n in known if asked in c["name"].lower()
+            or digits(asked) and digits(asked) in digits(n)]
     number = number_of(asked)
     free = digits(asked) and number not in [n for _, n in known]
-    other = [design.list_row(f"Write to {number}", ("open", *self.thread_of(state, number)), lead="send")] if free else []
+    other = ([design.list_row(f"Write to {number}", ("open", *self.thread_of(state, number)), lead="send")] if free
+             else [])
     body = [design.form_field(state, "to", "To", "Name or number"), *other, *rows]
     return design.Page("New message", body)
 
 @patch
 def page_start(self:Messages, state, ep, number):
-    return design.Page(self.writer(state, number), [design.empty("No messages yet", "send")], foot=self.composer(state), enter="Send")
+    return design.Page(self.writer(state, number), [design.empty("No messages yet", "send")],
+                       foot=self.composer(state), enter="Send")
 
 @patch
-def fields_start(self:Messages, state, ep, number): return {"text": state["fields"].get("text", "") if self.top(state)["page"] == "new" else ""}
+def fields_start(self:Messages, state, ep, number):
+    return {"text": state["fields"].get("text", "") if self.top(state)["page"] == "new" else ""}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-020
+# %% ../../nbs/phone/34e_messages.ipynb #34e-022
 @patch
 def asked_write(self:Messages, state, ep, name, text):
     "To somebody, by name or number, or to be chosen where the name is empty."
@@ -212,12 +249,17 @@ def asked_write(self:Messages, state, ep, name, text):
     seen = [*state["fields"].get("seen", []), *([of] if page == "thread" else [])]
     return self.to({**state, "fields": {**state["fields"], "seen": seen}}, [at("home"), at(page, of)])
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-027
-TEXTS = ("I am running late", "See you at noon", "The meeting is moved to Friday", "I am on my way", "Can you call me back", "Dinner is at seven",
-         "Thank you for the flowers", "The parcel is here", "I have the tickets", "Please bring an umbrella", "We need milk and bread", "The train leaves at six",
-         "I found your scarf", "The door is open", "Good luck today", "I will bring the cake", "No rain tomorrow", "The keys are under the mat",
-         "Your turn to cook", "The bus is full", "I saved you a seat", "Let us meet at the bridge", "The doctor was very kind", "All went well", "Bring the small suitcase", "It is snowing up here",
-         "We start without you", "The soup was delicious", "Take the back door", "I will be there by four", "The baby is asleep", "Which platform is it",
+# %% ../../nbs/phone/34e_messages.ipynb #34e-029
+TEXTS = ("I am running late", "See you at noon", "The meeting is moved to Friday", "I am on my way",
+         "Can you call me back", "Dinner is at seven",
+         "Thank you for the flowers", "The parcel is here", "I have the tickets", "Please bring an umbrella",
+         "We need milk and bread", "The train leaves at six",
+         "I found your scarf", "The door is open", "Good luck today", "I will bring the cake", "No rain tomorrow",
+         "The keys are under the mat",
+         "Your turn to cook", "The bus is full", "I saved you a seat", "Let us meet at the bridge",
+         "The doctor was very kind", "All went well", "Bring the small suitcase", "It is snowing up here",
+         "We start without you", "The soup was delicious", "Take the back door", "I will be there by four",
+         "The baby is asleep", "Which platform is it",
          "The shop is closed today", "Leave the box in the hall", "Your sister rang", "Sunday would be better")
 
 def message_sent(
@@ -230,13 +272,14 @@ def message_sent(
     begun = [] if t else [new("messages", "threads", number=number, unread=False, pinned=False, muted=False)]
     return begun + [new("messages", "messages", thread=t["id"] if t else ANY, me=True, text=text, at=clock_time(*NOW))]
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-030
 def write_to(
     phone,       # a `SimPhone`, now
     number: str, # to whom
     text: str,   # what
 ):               # a move; None never
     "Move towards a message to a number."
-    t = look_up(phone.now["data"], "messages", "threads", number=number)
+    t = look_up(phone.data, "messages", "threads", number=number)
     path = [("thread", t["id"])] if t else ["new", ("start", number)]
     return go(phone, "messages", *path) or fill(phone, "text", text) or tap(phone, ("say",))
 
@@ -250,13 +293,15 @@ def some_thread(
     t = rng.choice(rows) if rows else None
     return t and {**t, "name": name_of(data["contacts"]["contacts"], t["number"])}
 
-def other_thread(data, id, **fields): # id of another thread that has the fields
-    return next((t["id"] for t in data["messages"]["threads"] if t["id"] != id and all(t[k] == v for k, v in fields.items())), None)
+def _other_thread(data, id, **fields): # id of another thread that has the fields
+    return next((t["id"] for t in data["messages"]["threads"] if t["id"] != id
+                 and all(t[k] == v for k, v in fields.items())), None)
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-028
+# %% ../../nbs/phone/34e_messages.ipynb #34e-032
 @template("send a message", "messages", level=2)
 class SendMessage(Template):
-    goals = ("Send {name} the message “{text}”", "Write “{text}” to {name}", "Text {name}: “{text}”", "Tell {name} in a message: “{text}”")
+    goals = ("Send {name} the message “{text}”", "Write “{text}” to {name}", "Text {name}: “{text}”",
+             "Tell {name} in a message: “{text}”")
     held_out = ("{name} should get the message “{text}”", "Let {name} know: “{text}”")
     def fill(self, rng, data):
         c = rng.choice([c for c in data["contacts"]["contacts"] if c["mobile"]])
@@ -267,116 +312,156 @@ class SendMessage(Template):
         other = next(c["mobile"] for c in data["contacts"]["contacts"] if c["mobile"] not in ("", f.number))
         return {"somebody else": {"number": other}, "another text": {"text": next(t for t in TEXTS if t != f.text)}}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-035
 @template("text a number", "messages", level=2, horizon=14)
 class TextNumber(Template):
-    goals = ("Send the message “{text}” to {number}", "Text {number}: “{text}”", "Write “{text}” to the number {number}")
+    goals = ("Send the message “{text}” to {number}", "Text {number}: “{text}”",
+             "Write “{text}” to the number {number}")
     held_out = ("{number} is not in my contacts, but should get the message “{text}”",)
     def fill(self, rng, data): return {"number": some_number(rng), "text": rng.choice(TEXTS)}
     def wanted(self, data, f): return message_sent(data, f.number, f.text)
     def moves(self, phone, f):
         own = phone.now["apps"].get("messages")
-        if own and own["stack"][-1]["page"] == "new": return fill(phone, "to", f.number) or write_to(phone, f.number, f.text)
-        return write_to(phone, f.number, f.text) if own and own["stack"][-1]["page"] == "start" else go(phone, "messages", "new") or write_to(phone, f.number, f.text)
-    def misses(self, data, f): return {"another number": {"number": f.number[:-1] + str((int(f.number[-1]) + 1) % 10)}, "another text": {"text": next(t for t in TEXTS if t != f.text)}}
+        if own and own["stack"][-1]["page"] == "new":
+            return fill(phone, "to", f.number) or write_to(phone, f.number, f.text)
+        if own and own["stack"][-1]["page"] == "start": return write_to(phone, f.number, f.text)
+        return go(phone, "messages", "new") or write_to(phone, f.number, f.text)
+    def misses(self, data, f):
+        return {"another number": {"number": f.number[:-1] + str((int(f.number[-1]) + 1) % 10)},
+                "another text": {"text": next(t for t in TEXTS if t != f.text)}}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-029
-def menu(phone, id, *events): return go(phone, "messages", ("thread", id)) or tap(phone, ("ask", "menu", id), *events) # a move
-def delete(phone, id): return menu(phone, id, ("ask", "delete", id), ("delete", id)) # a move
+# %% ../../nbs/phone/34e_messages.ipynb #34e-037
+def _menu(phone, id, *events):
+    return go(phone, "messages", ("thread", id)) or tap(phone, ("ask", "menu", id), *events) # a move
+def _delete(phone, id): return _menu(phone, id, ("ask", "delete", id), ("delete", id)) # a move
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-039
 @template("delete a conversation", "messages")
 class DeleteThread(Template):
-    goals = ("Delete the conversation with {name}", "Remove my messages with {name}", "Delete all messages from and to {name}")
+    goals = ("Delete the conversation with {name}", "Remove my messages with {name}",
+             "Delete all messages from and to {name}")
     held_out = ("I no longer need what {name} and I wrote to each other",)
     def fill(self, rng, data):
         t = some_thread(rng, data)
         return {"name": t["name"], "id": t["id"]}
-    def wanted(self, data, f): return [gone("messages", "threads", f.id)] + [gone("messages", "messages", m["id"]) for m in data["messages"]["messages"] if m["thread"] == f.id]
-    def moves(self, phone, f): return delete(phone, f.id)
-    def misses(self, data, f): return {"another one": {"id": other_thread(data, f.id)}, "only muted": lambda phone, f: menu(phone, f.id, ("mark", f.id, "muted"))}
+    def wanted(self, data, f):
+        return [gone("messages", "threads", f.id)] + [gone("messages", "messages", m["id"])
+                                                      for m in data["messages"]["messages"] if m["thread"] == f.id]
+    def moves(self, phone, f): return _delete(phone, f.id)
+    def misses(self, data, f):
+        return {"another one": {"id": _other_thread(data, f.id)},
+                "only muted": lambda phone, f: _menu(phone, f.id, ("mark", f.id, "muted"))}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-042
 @template("mute a conversation", "messages")
 class MuteThread(Template):
-    goals = ("Mute the conversation with {name}", "I do not want to hear when {name} writes: mute the messages", "Silence the messages of {name}")
+    goals = ("Mute the conversation with {name}", "I do not want to hear when {name} writes: mute the messages",
+             "Silence the messages of {name}")
     held_out = ("Messages from {name} should make no sound",)
     key = "muted"
     def fill(self, rng, data):
         t = some_thread(rng, data, **{self.key: False})
         return t and {"name": t["name"], "id": t["id"]}
     def wanted(self, data, f): return [changed("messages", "threads", f.id, **{self.key: True})]
-    def moves(self, phone, f): return menu(phone, f.id, ("mark", f.id, self.key))
+    def moves(self, phone, f): return _menu(phone, f.id, ("mark", f.id, self.key))
     def misses(self, data, f):
-        other, beside = other_thread(data, f.id, **{self.key: False}), {"pinned": "muted", "muted": "pinned"}[self.key]
-        return {**({"another one": {"id": other}} if other else {}), "deleted": lambda phone, f: delete(phone, f.id), beside: lambda phone, f: menu(phone, f.id, ("mark", f.id, beside))}
+        other, beside = _other_thread(data, f.id, **{self.key: False}), {"pinned": "muted", "muted": "pinned"}[self.key]
+        return {**({"another one": {"id": other}} if other else {}), "deleted": lambda phone, f: _delete(phone, f.id),
+                beside: lambda phone, f: _menu(phone, f.id, ("mark", f.id, beside))}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-045
 @template("pin a conversation", "messages")
 class PinThread(MuteThread):
-    goals = ("Pin the conversation with {name}", "Keep the messages with {name} at the top of the list", "Pin {name} in the messages")
+    goals = ("Pin the conversation with {name}", "Keep the messages with {name} at the top of the list",
+             "Pin {name} in the messages")
     held_out = ("The conversation with {name} should always stand first",)
     key = "pinned"
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-030
+# %% ../../nbs/phone/34e_messages.ipynb #34e-048
 @template("unmute a conversation", "messages", unseen=True)
 class UnmuteThread(MuteThread):
-    goals = ("Unmute the conversation with {name}", "Make messages of {name} sound again", "The conversation with {name} should not be muted any more")
+    goals = ("Unmute the conversation with {name}", "Make messages of {name} sound again",
+             "The conversation with {name} should not be muted any more")
     held_out = ("I want to hear again when {name} writes",)
     def fill(self, rng, data):
         t = some_thread(rng, data, muted=True)
         return t and {"name": t["name"], "id": t["id"]}
     def wanted(self, data, f): return [changed("messages", "threads", f.id, muted=False)]
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-051
 @template("mark a conversation as unread", "messages", unseen=True)
 class MarkUnread(Template):
-    goals = ("Mark the conversation with {name} as unread", "Let the messages of {name} look unread", "Set the conversation with {name} to unread")
+    goals = ("Mark the conversation with {name} as unread", "Let the messages of {name} look unread",
+             "Set the conversation with {name} to unread")
     held_out = ("The messages from {name} should look as if I had not seen them",)
     def fill(self, rng, data):
         t = some_thread(rng, data, unread=False)
         return t and {"name": t["name"], "id": t["id"]}
     def wanted(self, data, f): return [changed("messages", "threads", f.id, unread=True)]
-    def moves(self, phone, f): return menu(phone, f.id, ("leave unread", f.id))
-    def misses(self, data, f): return {"another one": {"id": other_thread(data, f.id, unread=False)}, "muted": lambda phone, f: menu(phone, f.id, ("mark", f.id, "muted"))}
+    def moves(self, phone, f): return _menu(phone, f.id, ("leave unread", f.id))
+    def misses(self, data, f):
+        return {"another one": {"id": _other_thread(data, f.id, unread=False)},
+                "muted": lambda phone, f: _menu(phone, f.id, ("mark", f.id, "muted"))}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-054
 @template("show a conversation", "messages", horizon=10)
 class ShowThread(Template):
-    goals = ("Show the messages with {name}", "Open the conversation with {name}", "Let me read what {name} wrote in the messages")
+    goals = ("Show the messages with {name}", "Open the conversation with {name}",
+             "Let me read what {name} wrote in the messages")
     held_out = ("What did {name} write? Show the messages",)
     def fill(self, rng, data):
         t = some_thread(rng, data)
         return {"name": t["name"], "id": t["id"]}
     def shown(self, phone, f): return showing(phone, "messages", "thread", f.id)
     def moves(self, phone, f): return go(phone, "messages", ("thread", f.id))
-    def misses(self, data, f): return {"another one": {"id": other_thread(data, f.id)}}
+    def misses(self, data, f): return {"another one": {"id": _other_thread(data, f.id)}}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-032
+# %% ../../nbs/phone/34e_messages.ipynb #34e-057
 def about(
     rng,         # draws
     data: dict,  # of all apps
 ) -> dict:       # topic, find, id, number
     "A thread on some subject, and a word by which a search finds it alone."
-    texts = {t["id"]: " ".join(m["text"] for m in data["messages"]["messages"] if m["thread"] == t["id"]) for t in data["messages"]["threads"]}
-    topic, t = rng.choice([(topic, t) for topic, talk in TALKS.items() for t in data["messages"]["threads"] if texts[t["id"]].startswith(talk.split("|")[0].strip(">"))])
+    texts = {t["id"]: " ".join(m["text"] for m in data["messages"]["messages"] if m["thread"] == t["id"])
+             for t in data["messages"]["threads"]}
+    topic, t = rng.choice([(topic, t) for topic, talk in TALKS.items() for t in data["messages"]["threads"]
+                           if texts[t["id"]].startswith(talk.split("|")[0].strip(">"))])
     return {"topic": topic, "find": topic.split()[-1], "id": t["id"], "number": t["number"]}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-059
 @template("answer on a subject", "messages", level=3, horizon=14)
 class AnswerAbout(Template):
-    goals = ("Reply “{text}” to the one who wrote about {topic}", "Somebody wrote to me about {topic}: answer “{text}”", "Find the conversation about {topic} and write “{text}” there")
+    goals = ("Reply “{text}” to the one who wrote about {topic}",
+             "Somebody wrote to me about {topic}: answer “{text}”",
+             "Find the conversation about {topic} and write “{text}” there")
     held_out = ("“{text}” should be my answer in the conversation about {topic}",)
     def fill(self, rng, data): return {**about(rng, data), "text": rng.choice(TEXTS)}
     def wanted(self, data, f): return message_sent(data, f.number, f.text)
-    def moves(self, phone, f): return find(phone, "messages", f.find, ("thread", f.id)) or fill(phone, "text", f.text) or tap(phone, ("say",))
+    def moves(self, phone, f):
+        return find(phone, "messages", f.find, ("thread", f.id)) or fill(phone, "text", f.text) or tap(phone, ("say",))
     def misses(self, data, f):
-        other = look_up(data, "messages", "threads", id=other_thread(data, f.id))
-        return {"somebody else": lambda phone, f: write_to(phone, other["number"], f.text) if phone.now["data"] == data else None, "another text": {"text": next(t for t in TEXTS if t != f.text)}}
+        other = look_up(data, "messages", "threads", id=_other_thread(data, f.id))
+        return {"somebody else": lambda phone, f: write_to(phone, other["number"], f.text) if phone.data == data
+                else None, "another text": {"text": next(t for t in TEXTS if t != f.text)}}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-062
 @template("delete the conversation on a subject", "messages", level=3)
 class DeleteAbout(DeleteThread):
-    goals = ("Delete the conversation about {topic}", "Remove the messages in which somebody writes about {topic}", "Find the messages about {topic} and delete that conversation")
+    goals = ("Delete the conversation about {topic}", "Remove the messages in which somebody writes about {topic}",
+             "Find the messages about {topic} and delete that conversation")
     held_out = ("What was written about {topic} can go: delete it",)
     def fill(self, rng, data): return about(rng, data)
-    def moves(self, phone, f): return find(phone, "messages", f.find, ("thread", f.id)) or tap(phone, ("ask", "menu", f.id), ("ask", "delete", f.id), ("delete", f.id))
-    def misses(self, data, f): return {"another one": lambda phone, f: delete(phone, other_thread(data, f.id)) if phone.now["data"] == data else None}
+    def moves(self, phone, f):
+        return (find(phone, "messages", f.find, ("thread", f.id))
+                or tap(phone, ("ask", "menu", f.id), ("ask", "delete", f.id), ("delete", f.id)))
+    def misses(self, data, f):
+        return {"another one": lambda phone, f: _delete(phone, _other_thread(data, f.id)) if phone.data == data
+                else None}
 
-# %% ../../nbs/phone/34e_messages.ipynb #34e-034
-def has_read(phone, id): return id in phone.now["apps"].get("messages", {"fields": {}})["fields"].get("seen", []) # whether a thread was opened
+# %% ../../nbs/phone/34e_messages.ipynb #34e-065
+def _has_read(phone, id):
+    return id in phone.now["apps"].get("messages", {"fields": {}})["fields"].get("seen",
+                                                                                 []) # whether a thread was opened
 
 def told(
     data: dict, # of all apps
@@ -385,38 +470,55 @@ def told(
     "What somebody told, by its beginning."
     return next(m for m in data["messages"]["messages"] if m["text"].startswith(words))
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-067
 @template("note a new number", "messages", "contacts", level=3, horizon=15)
 class NoteNumber(Template):
-    goals = ("{name} wrote that there is a new number: enter it as the mobile number in the contacts", "Update the mobile number of {name} in the contacts, it stands in the messages",
+    goals = ("{name} wrote that there is a new number: enter it as the mobile number in the contacts",
+             "Update the mobile number of {name} in the contacts, it stands in the messages",
              "Look into the messages for the new number of {name} and change the mobile number of the contact")
     held_out = ("The contact {name} has an old mobile number; the new one came by message",)
     def fill(self, rng, data):
         m = told(data, "From now on")
         who = name_of(data["contacts"]["contacts"], look_up(data, "messages", "threads", id=m["thread"])["number"])
-        return {"name": who, "number": m["text"][-8:], "thread": m["thread"], "id": look_up(data, "contacts", "contacts", name=who)["id"]}
+        return {"name": who, "number": m["text"][-8:], "thread": m["thread"],
+                "id": look_up(data, "contacts", "contacts", name=who)["id"]}
     def wanted(self, data, f): return [changed("contacts", "contacts", f.id, mobile=f.number)]
     def moves(self, phone, f):
-        if not has_read(phone, f.thread): return go(phone, "messages", ("thread", f.thread))
-        return go(phone, "contacts", ("contact", f.id), ("form", f.id)) or fill(phone, "mobile", f.number) or tap(phone, ("save", f.id))
-    def misses(self, data, f): return {"a digit off": {"number": f.number[:-1] + str((int(f.number[-1]) + 1) % 10)}, "somebody else": {"id": other_contact(data, f.id)}}
+        if not _has_read(phone, f.thread): return go(phone, "messages", ("thread", f.thread))
+        return (go(phone, "contacts", ("contact", f.id), ("form", f.id)) or fill(phone, "mobile", f.number)
+                or tap(phone, ("save", f.id)))
+    def misses(self, data, f):
+        return {"a digit off": {"number": f.number[:-1] + str((int(f.number[-1]) + 1) % 10)},
+                "somebody else": {"id": other_contact(data, f.id)}}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-070
 @template("pass on a code", "messages", level=3, horizon=15)
 class PassOn(Template):
-    goals = ("Send {name} the code of the front door that {other} wrote to me", "{other} sent me a door code: pass it on to {name} in a message", "Write the door code to {name}; it is in the messages of {other}")
+    goals = ("Send {name} the code of the front door that {other} wrote to me",
+             "{other} sent me a door code: pass it on to {name} in a message",
+             "Write the door code to {name}; it is in the messages of {other}")
     held_out = ("{name} needs the code of the front door, which I have from {other}",)
     def fill(self, rng, data):
         m = told(data, "The code of")
         t = look_up(data, "messages", "threads", id=m["thread"])
         c = rng.choice([c for c in data["contacts"]["contacts"] if c["mobile"] not in ("", t["number"])])
-        return {"name": c["name"], "number": c["mobile"], "code": digits(m["text"]), "other": name_of(data["contacts"]["contacts"], t["number"]), "thread": t["id"]}
+        return {"name": c["name"], "number": c["mobile"], "code": digits(m["text"]),
+                "other": name_of(data["contacts"]["contacts"], t["number"]), "thread": t["id"]}
     def wanted(self, data, f): return message_sent(data, f.number, ANY)
-    def done(self, phone, start, f): return super().done(phone, start, f) and f.code in phone.now["data"]["messages"]["messages"][-1]["text"]
-    def moves(self, phone, f): return write_to(phone, f.number, f.code) if has_read(phone, f.thread) else go(phone, "messages", ("thread", f.thread))
-    def misses(self, data, f): return {"a wrong code": {"code": f.code[::-1] + "0"}, "back to the sender": {"number": look_up(data, "messages", "threads", id=f.thread)["number"]}}
+    def done(self, phone, start, f):
+        return super().done(phone, start, f) and f.code in phone.data["messages"]["messages"][-1]["text"]
+    def moves(self, phone, f):
+        return (write_to(phone, f.number, f.code) if _has_read(phone, f.thread)
+                else go(phone, "messages", ("thread", f.thread)))
+    def misses(self, data, f):
+        return {"a wrong code": {"code": f.code[::-1] + "0"},
+                "back to the sender": {"number": look_up(data, "messages", "threads", id=f.thread)["number"]}}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-073
 @template("message the last caller", "phone", "messages", level=3, horizon=12)
 class MessageCaller(Template):
-    goals = ("Send “{text}” to the person who called last", "Write “{text}” to whoever called me last", "Look who called last and text that person “{text}”")
+    goals = ("Send “{text}” to the person who called last", "Write “{text}” to whoever called me last",
+             "Look who called last and text that person “{text}”")
     held_out = ("“{text}”: that should go to the last one who called me",)
     def fill(self, rng, data):
         calls = [c for c in data["phone"]["calls"] if c["kind"] != "outgoing"]
@@ -424,27 +526,39 @@ class MessageCaller(Template):
         return {"text": rng.choice(TEXTS), "number": calls[-1]["number"], "id": calls[-1]["id"]} if known else None
     def wanted(self, data, f): return message_sent(data, f.number, f.text)
     def moves(self, phone, f):
-        t, own = look_up(phone.now["data"], "messages", "threads", number=f.number), phone.now["apps"].get("messages")
+        t, own = look_up(phone.data, "messages", "threads", number=f.number), phone.now["apps"].get("messages")
         page = at("thread", t["id"]) if t else at("start", f.number)
-        if phone.now["app"] == "messages" and own["stack"][-1]["of"] == page["of"]: return write_to(phone, f.number, f.text) if own["ask"] else fill(phone, "text", f.text) or tap(phone, ("say",))
-        return go(phone, "phone", ("call", f.id)) or tap(phone, ("write", f.number))
+        there = phone.now["app"] == "messages" and own["stack"][-1]["of"] == page["of"]
+        if not there: return go(phone, "phone", ("call", f.id)) or tap(phone, ("write", f.number))
+        if own["ask"]: return write_to(phone, f.number, f.text)
+        return fill(phone, "text", f.text) or tap(phone, ("say",))
     def misses(self, data, f):
         other = next(c for c in data["phone"]["calls"] if c["number"] != f.number)
-        return {"an earlier caller": {"number": other["number"], "id": other["id"]}, "another text": {"text": next(t for t in TEXTS if t != f.text)}}
+        return {"an earlier caller": {"number": other["number"], "id": other["id"]},
+                "another text": {"text": next(t for t in TEXTS if t != f.text)}}
 
+# %% ../../nbs/phone/34e_messages.ipynb #34e-076
 @template("share a number", "contacts", "messages", level=3, horizon=14, unseen=True)
 class ShareNumber(Template):
-    goals = ("Send {name} the number of {other}", "Share the mobile number of {other} with {name} in a message", "Write to {name} how to reach {other} by phone")
+    goals = ("Send {name} the number of {other}", "Share the mobile number of {other} with {name} in a message",
+             "Write to {name} how to reach {other} by phone")
     held_out = ("{name} would like to have the number of {other}: send it",)
     def fill(self, rng, data):
         a, b = rng.sample([c for c in data["contacts"]["contacts"] if c["mobile"]], 2)
         return {"name": a["name"], "other": b["name"], "number": a["mobile"], "told": b["mobile"], "id": b["id"]}
     def wanted(self, data, f): return message_sent(data, f.number, ANY)
-    def done(self, phone, start, f): return super().done(phone, start, f) and digits(f.told) in digits(phone.now["data"]["messages"]["messages"][-1]["text"])
+    def done(self, phone, start, f):
+        return (super().done(phone, start, f)
+                and digits(f.told) in digits(phone.data["messages"]["messages"][-1]["text"]))
     def moves(self, phone, f):
-        own, t = phone.now["apps"].get("messages", {"fields": {}}), look_up(phone.now["data"], "messages", "threads", number=f.number)
+        own, t = phone.now["apps"].get("messages", {"fields": {}}), look_up(phone.data, "messages", "threads",
+                                                                            number=f.number)
         shared = digits(f.told) in digits(own["fields"].get("text", ""))
         page = ("thread", t["id"]) if t else ("start", f.number)
-        if shared and phone.now["app"] == "messages": return tap(phone, ("say",)) if own["stack"][-1]["page"] == page[0] and own["stack"][-1]["of"] == [page[1]] else tap(phone, ("open", *page))
-        return go(phone, "contacts", ("contact", f.id)) or tap(phone, ("share", f.id))
-    def misses(self, data, f): return {"another number": {"id": other_contact(data, f.id), "told": "5"}, "to somebody else": {"number": next(c["mobile"] for c in data["contacts"]["contacts"] if c["mobile"] not in ("", f.number, f.told))}}
+        if not (shared and phone.now["app"] == "messages"):
+            return go(phone, "contacts", ("contact", f.id)) or tap(phone, ("share", f.id))
+        return tap(phone, ("say",)) if showing(phone, "messages", *page) else tap(phone, ("open", *page))
+    def misses(self, data, f):
+        return {"another number": {"id": other_contact(data, f.id), "told": "5"},
+                "to somebody else": {"number": next(c["mobile"] for c in data["contacts"]["contacts"]
+                                                    if c["mobile"] not in ("", f.number, f.told))}}
