@@ -409,8 +409,10 @@ class RescueMail(OfMail):
     def misses(self, data, f):
         archived = lambda phone, f: to_mail(phone, f.id) or tap(phone, ("move", f.id, "Archive"))
         def lost(phone, f):
-            if look_up(phone.data, "mail", "mails", id=f.id): return to_mail(phone, f.id) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))
-        return {"the other one": {"id": _other_mail(data, f.id, folder="bin")}, "archived": archived, "gone for good": lost}
+            if not look_up(phone.data, "mail", "mails", id=f.id): return None
+            return to_mail(phone, f.id) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))
+        other = _other_mail(data, f.id, folder="bin")
+        return {"the other one": {"id": other}, "archived": archived, "gone for good": lost}
 
 # %% ../../nbs/phone/34f_mail.ipynb #34f-052
 @template("mark a mail as unread", "mail", unseen=True)
@@ -431,7 +433,8 @@ class ShowMail(OfMail):
     held_out = ("Where is the mail “{subject}” from {name}? Open it",)
     def fill(self, rng, data):
         m = some_mail(rng, data)
-        return {"name": m["name"], "subject": m["subject"], "id": m["id"]} if m["folder"] in ("inbox", "archive") else None
+        found = {"name": m["name"], "subject": m["subject"], "id": m["id"]}
+        return found if m["folder"] in ("inbox", "archive") else None
     def shown(self, phone, f): return showing(phone, "mail", "mail", f.id)
     def moves(self, phone, f): return to_mail(phone, f.id)
 
@@ -585,10 +588,8 @@ class MailNumber(Template):
     def done(self, phone, start, f):
         return super().done(phone, start, f) and f.number in phone.data["mail"]["mails"][-1]["text"]
     def moves(self, phone, f):
-        if not ("mail" in phone.now["apps"] or showing(phone, "contacts", "contact", f.id)):
-            return go(phone, "contacts", ("contact", f.id))
-        return (go(phone, "mail", ("write", 0, "new")) or fill(phone, "to", f.name) or fill(phone, "text", f.number)
-                or tap(phone, ("deliver", 0)))
+        if move := go(phone, "mail", ("write", 0, "new")): return move
+        return fill(phone, "to", f.name) or fill(phone, "text", f.number) or tap(phone, ("deliver", 0))
     def misses(self, data, f):
         other = next(c for c in data["contacts"]["contacts"] if c["mail"] not in ("", f.mail))
         return {"another number": {"number": other["mobile"][:-1] + "x"},

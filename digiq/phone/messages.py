@@ -13,8 +13,8 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import (by_name, contact_row, digits, find, first_number, menu_dialog, name_of, number_of, other_contact,
-                                  search_bar, some_number)
+from .contacts import (by_name, contact_row, digits, find, first_number, menu_dialog, name_of, number_of,
+                                  other_contact, search_bar, some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
 from .templates import ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template
@@ -243,9 +243,10 @@ def fields_start(self:Messages, state, ep, number):
 def asked_write(self:Messages, state, ep, name, text):
     "To somebody, by name or number, or to be chosen where the name is empty."
     state = {**state, "fields": {**state["fields"], "to": "", "text": text}}
-    if not name: return self.to(state, [at("home"), at("new")])
     known = next((c for c in state["reads"]["contacts"].get("contacts", []) if c["name"] == name), None)
-    page, of = self.thread_of(state, first_number(known) if known else number_of(name))
+    number = first_number(known) if known else number_of(name)
+    if not number: return self.to(state, [at("home"), at("new")])
+    page, of = self.thread_of(state, number)
     seen = [*state["fields"].get("seen", []), *([of] if page == "thread" else [])]
     return self.to({**state, "fields": {**state["fields"], "seen": seen}}, [at("home"), at(page, of)])
 
