@@ -24,14 +24,11 @@ NUMBERS = {"mobile": "Mobile", "home": "Home", "work": "Work"} # field: label
 FIELDS = {"name": "Name", **{k: f"{label} phone" for k, label in NUMBERS.items()}, "mail": "Mail",
           "company": "Company", "address": "Address"}
 COMPANIES = ("Alder Works", "Bluefin Travel", "Cobalt Press", "Delta Mills", "Ember Studio", "Foxglove Foods",
-             "Granite Insurance",
-             "Heron School", "Indigo Design", "Juniper Clinic", "Kestrel Freight", "Lantern Books", "Marigold Hotel",
-             "Nimbus Energy",
-             "Opal Opticians", "Plover Shipping", "Quartz Tools", "Rowan Theatre", "Sable Textiles", "Thistle Bakery",
-             "Umber Ceramics", "Violet Radio")
+             "Granite Insurance", "Heron School", "Indigo Design", "Juniper Clinic", "Kestrel Freight",
+             "Lantern Books", "Marigold Hotel", "Nimbus Energy", "Opal Opticians", "Plover Shipping", "Quartz Tools",
+             "Rowan Theatre", "Sable Textiles", "Thistle Bakery", "Umber Ceramics", "Violet Radio")
 SERVICES = ("Taxi Amberly", "Bakery Lindmark", "Garage Tervo", "Dentist Falkner", "Pharmacy Meadow", "Cinema Rivola",
-            "Library Norholt",
-            "Hairdresser Quist", "Plumber Jelinek", "Florist Valdora")
+            "Library Norholt", "Hairdresser Quist", "Plumber Jelinek", "Florist Valdora")
 
 def contact(
     name: str, # of a person

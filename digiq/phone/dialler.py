@@ -283,7 +283,8 @@ class Dial(Template):
         if not short.startswith(held): return tap(phone, ("erase",))
         return tap(phone, ("call", held)) if held == short else ("type", short[len(held):])
     def misses(self, data, f):
-        blocked = lambda phone, f: BlockNumber().moves(phone, f)
+        def blocked(phone, f):
+            return go(phone, "phone", "blocked") or fill(phone, "block", f.number) or tap(phone, ("block typed",))
         return {"a digit off": {"number": near(f.number)}, "blocked instead": blocked}
 
 # %% ../../nbs/phone/34d_phone.ipynb #34d-033
