@@ -167,7 +167,7 @@ def adapters(
 ): # a `peft` model around it, whose adapters alone are trained
     "Low-rank adapters for all linear layers. Raises `DigiqError` where `peft` is missing."
     try: from peft import LoraConfig, get_peft_model
-    except ImportError: raise DigiqError("representation.lora needs peft: pip install 'digiq[lora]'") from None
+    except ImportError: raise DigiqError("low-rank adapters need peft: pip install 'digiq[lora]'") from None
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 def load_for_finetuning(

@@ -291,12 +291,13 @@ def states(self:VLM,
 def text(self:VLM,
     question:str,
     answer:str="", # what follows
+    pictures:int=1, # how many the question is about
 ) -> str:
-    "One question about one picture, in the form that the model was trained on."
-    if self.packs: return prompt(question, answer)
+    "One question about pictures, in the form that the model was trained on."
+    if self.packs: return prompt(question, answer).replace("<image>", "<image>"*pictures)
     said = lambda who, *content: dict(role=who, content=list(content))
-    chat = [said("user", dict(type="image"), dict(type="text", text=question))] + [said("assistant",
-        dict(type="text", text=answer))] * bool(answer)
+    chat = [said("user", *[dict(type="image")]*pictures, dict(type="text", text=question))]
+    chat += [said("assistant", dict(type="text", text=answer))]*bool(answer)
     return self.processor.apply_chat_template(chat, add_generation_prompt=not answer)
 
 @patch
