@@ -229,12 +229,13 @@ def width(self:Experiment) -> int:
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
-    shared:Shared|None=None, # models in memory, of which it may use one
+    trained:bool=False, # it will be: a copy of its own, in this process
 ) -> Policy:
     "A policy; one that looks at image features sees through `image_encoder`."
     image_encoder = self.image_encoder if not self.preset.collection.recorded else lambda *screens: self.image_encoder(*screens) # training on what is recorded needs none
     p = self.preset
-    return _load("the policy", str(name), lambda path: load_policy(path, p.vlm_policy, image_encoder, p.device, shared))
+    weights = {} if trained else dict(shared=self.shared, server=p.server)
+    return _load("the policy", str(name), lambda path: load_policy(path, p.vlm_policy, image_encoder, p.device, **weights))
 
 @patch(as_prop=True)
 def shared(self:Experiment) -> Shared|None:
@@ -246,10 +247,10 @@ def shared(self:Experiment) -> Shared|None:
 # %% ../../nbs/runs/65_experiment.ipynb #65-038-2
 @patch
 def base_policy(self:Experiment,
-    shared:Shared|None=None, # models in memory, of which it may use one, if it is not to be trained
+    trained:bool=True, # it will be: a copy of its own, in this process
 ) -> Policy:
-    "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
-    policy = self.load_policy(self.preset.policy, shared)
+    "The behaviour policy, as it was at the start. Raises `DigiqError` where it was made for another vision tower."
+    policy = self.load_policy(self.preset.policy, trained)
     if policy.width not in (None, self.width):
         whose = "the recorded ones have" if self.has("screens") else f"the image encoder {self.preset.image_encoder!r} gives"
         raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.width}, but {whose} "
@@ -260,7 +261,7 @@ def base_policy(self:Experiment,
 @patch(as_prop=True)
 def behaviour(self:Experiment) -> Policy:
     "The behaviour policy."
-    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy(self.shared)
+    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy(trained=False)
     return self._behaviour
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041

@@ -25,6 +25,7 @@ from ..play.judges import JudgeSettings
 from ..play.pool import DeviceSettings
 from ..vlm.policy import VLMPolicyConfig
 from ..vlm.representation import RepresentationConfig
+from ..vlm.served import Server
 
 # %% ../../nbs/runs/62_presets.ipynb #65-005
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Preset:
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
     vlm_policy:VLMPolicyConfig=VLMPolicyConfig() # how it acts and is trained, where it is a VLM
+    server:Server|None=None # vLLM, which has its weights while it collects, proposes and is evaluated; None: this process has them
     image_encoder:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     reference:bool=False # do what the published code does where it departs from the paper; see chapter 52
