@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..core import derive_seed
 from ..env import Unsupported, check_key, check_point
-from . import browser, calculator, clock, files, news, notes, settings, ui # apps enter themselves into APPS
+from . import browser, clock, settings, notes, files, calculator, news, ui # apps enter themselves into APPS
 from .apps import APPS, ICONS, MORE, Episode, find_app
 from .templates import KINDS, Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
