@@ -211,7 +211,7 @@ class Calculator(Memory, History, Converter):
         lines = list(dict.fromkeys(lines))
         return {"history": [dict(id=i + 1, line=l, result=reckon(l)) for i, l in enumerate(lines)], "memory": "0"}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-026
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-028
 class Reckoning(Template):
     "A task that may leave traces in the history."
     def done(self, phone, start, f):
@@ -226,7 +226,7 @@ def displayed(
     there = phone.now["app"] == "calculator" and own["stack"][-1]["page"] == "keys" and own["fresh"]
     return own["line"] if there else None
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-027
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-029
 def enter(
     phone,     # a `SimPhone`, now
     line: str, # of keys, without "="
@@ -246,7 +246,7 @@ def type_sum(
     if move := go(phone, "calculator", "keys"): return move
     return tap(phone, ("press", "C")) if phone.now["apps"]["calculator"]["line"] else ("type", line + "=")
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-029
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-031
 @template("work out a sum", "calculator", horizon=15)
 class WorkOut(Reckoning):
     goals = ("Work out {sum} with the calculator", "What is {sum}? Use the calculator", "Calculate {sum}")
@@ -264,7 +264,7 @@ class WorkOut(Reckoning):
         own = phone.now["apps"].get("calculator", {"line": ""})
         return None if own["line"] == line else enter(phone, line)
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-031
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-033
 @template("a share in percent", "calculator", level=2, horizon=15)
 class Percent(Reckoning):
     goals = ("How much is {share} percent of {whole}? Use the calculator", "Calculate {share}% of {whole}",
@@ -277,7 +277,7 @@ class Percent(Reckoning):
         return {"another share": {"share": f.share + 1}, "no percent": lambda phone,
                 f: enter(phone, f"{f.whole}x{f.share}")}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-033
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-035
 @template("a square root", "calculator", horizon=12)
 class Root(Reckoning):
     goals = ("What is the square root of {n}? Use the calculator", "Calculate the square root of {n}",
@@ -289,7 +289,7 @@ class Root(Reckoning):
     def misses(self, data, f):
         return {"another number": {"n": f.n + 1}, "the square": lambda phone, f: enter(phone, f"{f.n}^2")}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-035
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-037
 @template("split a bill", "calculator", level=2, horizon=15)
 class SplitBill(Reckoning):
     goals = ("{people} people share a bill of {bill} dollars. Work out with the calculator what each one pays",
@@ -303,10 +303,10 @@ class SplitBill(Reckoning):
         return {"one more": {"people": f.people + 1}, "multiplied": lambda phone,
                 f: enter(phone, f"{f.bill}x{f.people}")}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-038
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-040
 #| export
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-039
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-041
 @template("put a number into the memory", "calculator", horizon=12)
 class Memorise(Reckoning):
     goals = ("Put {n} into the calculator's memory", "Add the number {n} to the memory of the calculator",
@@ -327,7 +327,7 @@ class Memorise(Reckoning):
         move = self.moves(phone, f)
         return ("tap", ("press", "M-")) if move == ("tap", ("press", "M+")) else move
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-041
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-043
 @template("remove from the history", "calculator", level=2, horizon=10)
 class ForgetOne(Template):
     goals = ("Remove {sum} from the history of the calculator", "Delete the line {sum} in the calculator's history",
@@ -343,7 +343,7 @@ class ForgetOne(Template):
         return {"another line": {"id": next(h["id"] for h in data["calculator"]["history"] if h["id"] != f.id)},
                 "all": once(data, every)}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-043
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-045
 @template("go on with a result", "calculator", level=3, horizon=13, unseen=True)
 class GoOn(Reckoning):
     goals = ("Take the result of {sum} from the calculator's history and add {n} to it",
@@ -365,10 +365,10 @@ class GoOn(Reckoning):
     def misses(self, data, f):
         return {"another number": {"n": f.n + 1}, "only found": lambda phone, f: go(phone, "calculator", "history")}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-046
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-048
 #| export
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-047
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-049
 @template("convert a unit", "calculator", level=2, horizon=13)
 class Convert(Template):
     goals = ("Convert {amount} {first} to {second} in the calculator",
@@ -393,10 +393,10 @@ class Convert(Template):
     def misses(self, data, f):
         return {"the other way": {"first": f.second, "second": f.first}, "another amount": {"amount": f.amount + 1}}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-050
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-052
 #| export
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-051
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-053
 @template("write a result into a note", "calculator", "notes", level=3, horizon=15)
 class NoteResult(Reckoning):
     goals = ("Work out {sum} and write the result into a new note",
@@ -419,7 +419,7 @@ class NoteResult(Reckoning):
         return {"another sum": {"line": f.line + "1"}, "not saved": lambda phone,
                 f: enter(phone, f.line) or (tap(phone, ("note down",)) if phone.now["app"] == "calculator" else None)}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-053
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-055
 @template("put a result into a note", "calculator", "notes", level=3, horizon=15)
 class ReplaceText(Reckoning):
     goals = ("Work out {sum} and make the result the text of the note {title}",
@@ -440,7 +440,7 @@ class ReplaceText(Reckoning):
         other = next(n["id"] for n in data["notes"]["notes"] if n["text"] and not n["binned"] and n["id"] != f.id)
         return {"another note": {"id": other}, "another sum": {"line": f.line + "1"}}
 
-# %% ../../nbs/phone/34l_calculator.ipynb #34l-055
+# %% ../../nbs/phone/34l_calculator.ipynb #34l-057
 @template("a timer from a sum", "calculator", "clock", level=3, horizon=15)
 class TimerFromSum(Reckoning):
     goals = ("{times} rounds take {each} minutes each. Start a timer for all of them together",

@@ -325,7 +325,7 @@ class Files(Browse, Overviews, FileSearch, FileEvents, Targets, FolderForms, Fol
                                   starred=rng.random() < .15))
         return {"folders": folders, "files": files}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-033
+# %% ../../nbs/phone/34k_files.ipynb #34k-041
 def way(
     data: dict,  # of the app
     id: int,     # of a folder
@@ -347,7 +347,7 @@ def to_file(
     where = next((f["folder"] for f in data["files"] if f["id"] == id), 0) # it may be gone
     return go(phone, "files", *way(data, where), ("file", id), *pages)
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-034
+# %% ../../nbs/phone/34k_files.ipynb #34k-042
 def a_file(
     rng,   # draws
     data,  # of all apps
@@ -356,10 +356,10 @@ def a_file(
     f = rng.choice(data["files"]["files"])
     return {**f, "where": look_up(data, "files", "folders", id=f["folder"])["name"]}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-037
+# %% ../../nbs/phone/34k_files.ipynb #34k-045
 #| export
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-038
+# %% ../../nbs/phone/34k_files.ipynb #34k-046
 @template("rename a file", "files", level=2, horizon=13)
 class RenameFile(Template):
     goals = ("Rename the file {name} in {where} to {to}", "Give the file {name} in the folder {where} the name {to}",
@@ -377,7 +377,7 @@ class RenameFile(Template):
     def misses(self, data, f):
         return {"another name": {"to": "New" + f.to}, "another file": {"id": f.id % len(data["files"]["files"]) + 1}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-040
+# %% ../../nbs/phone/34k_files.ipynb #34k-048
 @template("move a file", "files", level=2, horizon=13)
 class MoveFile(Template):
     goals = ("Move the file {name} from {where} to {to}", "Put {name}, which is in {where}, into the folder {to}",
@@ -395,7 +395,7 @@ class MoveFile(Template):
         return {"another folder": {"folder": next(i for i in range(1, 9) if i not in (here, f.folder))},
                 "copied": once(data, copied)}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-042
+# %% ../../nbs/phone/34k_files.ipynb #34k-050
 @template("copy a file", "files", level=2, horizon=13)
 class CopyFile(Template):
     goals = ("Copy the file {name} from {where} to {to}",
@@ -413,7 +413,7 @@ class CopyFile(Template):
                                                   if t["id"] != f.folder and t["name"] != f.where)},
                 "moved": once(data, moved)}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-044
+# %% ../../nbs/phone/34k_files.ipynb #34k-052
 @template("delete a file", "files", horizon=12)
 class DeleteFile(Template):
     goals = ("Delete the file {name} in {where}", "Remove {name} from the folder {where}",
@@ -428,7 +428,7 @@ class DeleteFile(Template):
         starred = once(data, lambda phone, f: to_file(phone, f.id) or tap(phone, ("star", f.id)))
         return {"another file": {"id": f.id % len(data["files"]["files"]) + 1}, "starred": starred}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-046
+# %% ../../nbs/phone/34k_files.ipynb #34k-054
 @template("star a file", "files", horizon=12, unseen=True)
 class StarFile(Template):
     goals = ("{act} the file {name} in {where}", "Find {name} in the folder {where} and {act} it",
@@ -445,7 +445,7 @@ class StarFile(Template):
                 "deleted": once(data, lambda phone,
                                 f: to_file(phone, f.id) or tap(phone, ("ask", "delete", f.id), ("delete", f.id)))}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-048
+# %% ../../nbs/phone/34k_files.ipynb #34k-056
 @template("find a file", "files", horizon=10)
 class FindFile(Template):
     goals = ("Show the details of the file {name}", "Search for the file {name} and open it",
@@ -461,10 +461,10 @@ class FindFile(Template):
         return {"another file": lambda phone, f, other=f.id % len(data["files"]["files"]) + 1: to_file(phone, other),
                 "only searched": lambda phone, f: go(phone, "files", "search") or fill(phone, "find", f.name)}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-051
+# %% ../../nbs/phone/34k_files.ipynb #34k-059
 #| export
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-052
+# %% ../../nbs/phone/34k_files.ipynb #34k-060
 @template("make a folder", "files", level=2, horizon=12)
 class MakeFolder(Template):
     goals = ("Create a folder called {name} in {where}", "Make a new folder {name} inside the folder {where}",
@@ -484,7 +484,7 @@ class MakeFolder(Template):
         return {"another name": {"name": f.name + "s"}, "outside": once(data, outside),
                 "elsewhere": {"id": f.id % 5 + 1}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-054
+# %% ../../nbs/phone/34k_files.ipynb #34k-062
 @template("rename a folder", "files", level=2, horizon=12)
 class RenameFolder(Template):
     goals = ("Rename the folder {name} in {where} to {to}", "The folder {name} inside {where} should be called {to}",
@@ -502,7 +502,7 @@ class RenameFolder(Template):
         return {"another name": {"to": f.to + "s"},
                 "another folder": {"id": look_up(data, "files", "folders", id=f.id)["parent"]}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-056
+# %% ../../nbs/phone/34k_files.ipynb #34k-064
 @template("delete a folder", "files", horizon=12)
 class DeleteFolder(Template):
     goals = ("Delete the folder {name} in {where} with all that is in it",
@@ -525,7 +525,7 @@ class DeleteFolder(Template):
                                   or tap(phone, ("ask", "delete folder", around), ("delete folder", around)))
         return {"the one around it": once(data, wrong), "only a file in it": once(data, emptied)}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-058
+# %% ../../nbs/phone/34k_files.ipynb #34k-066
 @template("sort a folder", "files", horizon=10)
 class SortFolder(Template):
     goals = ("Show the folder {where} sorted by {by}", "Open {where} in the files and sort it by {by}",
@@ -548,7 +548,7 @@ class SortFolder(Template):
         return {"the other way": {"by": "date" if f.by == "size" else "size"}, "not sorted": lambda phone,
                 f: go(phone, "files", *way(phone.data["files"], f.id))}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-061
+# %% ../../nbs/phone/34k_files.ipynb #34k-069
 def of_folder(
     data,    # of all apps
     id: int, # of a folder
@@ -566,7 +566,7 @@ def a_folder(
     folder = rng.choice(full)
     return {"where": folder["name"], "folder": folder["id"]}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-063
+# %% ../../nbs/phone/34k_files.ipynb #34k-071
 @template("delete the largest file", "files", level=3, horizon=12)
 class DeleteLargest(Template):
     goals = ("Delete the {which} file in {where}", "Which file in the folder {where} is the {which}? Delete it",
@@ -582,7 +582,7 @@ class DeleteLargest(Template):
     def misses(self, data, f):
         return {"another file": {"id": next(x["id"] for x in of_folder(data, f.folder, "Size") if x["id"] != f.id)}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-065
+# %% ../../nbs/phone/34k_files.ipynb #34k-073
 @template("move the newest file", "files", level=3, horizon=13, unseen=True)
 class MoveNewest(Template):
     goals = ("Move the {which} file in {where} to {to}", "Put the {which} file of the folder {where} into {to}",
@@ -598,7 +598,7 @@ class MoveNewest(Template):
         return {"another file": {"id": next(x["id"] for x in of_folder(data, f.folder, "Size") if x["id"] != f.id)},
                 "another folder": {"target": next(i for i in range(1, 9) if i not in (f.target, f.folder))}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-067
+# %% ../../nbs/phone/34k_files.ipynb #34k-075
 @template("note the size of the largest file", "files", "notes", level=3, horizon=15)
 class NoteLargest(Template):
     goals = ("How large is the largest file in {where}? Write it into a new note, for example 2.5 MB",
@@ -619,7 +619,7 @@ class NoteLargest(Template):
         return {"another file": {"size": size_text(of_folder(data, f.folder, "Size")[-1]["size"] + 1)},
                 "without the unit": {"size": f.size.split()[0]}}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-069
+# %% ../../nbs/phone/34k_files.ipynb #34k-077
 @template("note the name of the newest file", "files", "notes", level=3, horizon=15)
 class NoteNewest(Template):
     goals = ("Write the name of the {which} file in {where} into a new note",

@@ -284,7 +284,7 @@ class News(Countries, Papers, Keeping):
                  n in enumerate(rng.sample(range(len(articles())), rng.randrange(2, 5)))]
         return {"country": rng.choice(COUNTRIES), "topics": topics, "papers": papers, "saved": saved}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-029
+# %% ../../nbs/phone/34m_news.ipynb #34m-035
 def some_story(
     rng,  # draws
     data, # of all apps
@@ -303,10 +303,10 @@ def to_story(
     return (go(phone, "news", "search") or fill(phone, "find", articles()[id].headline)
             or tap(phone, ("open", "article", id)))
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-032
+# %% ../../nbs/phone/34m_news.ipynb #34m-038
 #| export
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-033
+# %% ../../nbs/phone/34m_news.ipynb #34m-039
 @template("show the news about a topic", "news", horizon=10)
 class ShowTopic(Template):
     goals = ("Show the news about {topic}", "Open the topic {topic} in the news",
@@ -319,7 +319,7 @@ class ShowTopic(Template):
         return {"another topic": {"topic": next(t for t in TOPICS if t != f.topic)}, "only the list": lambda phone,
                 f: go(phone, "news", "topics")}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-035
+# %% ../../nbs/phone/34m_news.ipynb #34m-041
 @template("show the news of a country about a topic", "news", level=2, horizon=11)
 class ShowCountry(Template):
     goals = ("Show the news from {country} about {topic}",
@@ -338,7 +338,7 @@ class ShowCountry(Template):
                 "all topics": {"topic": "All"}} | ({"settled there": settled} if f.country != data["news"]["country"]
                                                    else {})
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-037
+# %% ../../nbs/phone/34m_news.ipynb #34m-043
 @template("find a story", "news", level=2, horizon=11)
 class FindStory(Template):
     goals = ("Open the story “{headline}”", "Find the news story “{headline}” and open it",
@@ -353,10 +353,10 @@ class FindStory(Template):
                 "saved": once(data, kept), "only searched": lambda phone,
                 f: go(phone, "news", "search") or fill(phone, "find", f.headline)}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-040
+# %% ../../nbs/phone/34m_news.ipynb #34m-046
 #| export
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-041
+# %% ../../nbs/phone/34m_news.ipynb #34m-047
 @template("save a story", "news", level=2, horizon=13)
 class SaveStory(Template):
     goals = ("Save the story “{headline}” for later", "Put the news story “{headline}” among the saved ones",
@@ -374,7 +374,7 @@ class SaveStory(Template):
                 "its topic followed": once(data, lambda phone, f: to_story(phone, f.id)
                                            or tap(phone, ("follow", list(TOPICS).index(articles()[f.id].topic) + 1)))}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-043
+# %% ../../nbs/phone/34m_news.ipynb #34m-049
 @template("remove a saved story", "news", horizon=10)
 class RemoveSaved(Template):
     goals = ("Remove “{headline}” from the saved stories", "Take the story “{headline}” off the list of saved news",
@@ -391,7 +391,7 @@ class RemoveSaved(Template):
         return {"another story": {"id": other["id"], "article": other["article"]}, "only opened": lambda phone,
                 f: go(phone, "news", "saved", ("article", f.article))}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-045
+# %% ../../nbs/phone/34m_news.ipynb #34m-051
 @template("save the newest story", "news", level=3, horizon=12)
 class SaveNewest(Template):
     goals = ("Save the newest story about {topic} from {country}",
@@ -412,10 +412,10 @@ class SaveNewest(Template):
         return {"the second one": {"id": f.second}, "only opened": lambda phone,
                 f: None if showing(phone, "news", "article", f.id) else self.moves(phone, f)}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-048
+# %% ../../nbs/phone/34m_news.ipynb #34m-054
 #| export
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-049
+# %% ../../nbs/phone/34m_news.ipynb #34m-055
 @template("follow a topic", "news", horizon=10)
 class Follow(Template):
     goals = ("{act} the topic {topic} in the news", "Go to the news topics and {act} {topic}",
@@ -430,7 +430,7 @@ class Follow(Template):
         other = data["news"]["topics"][f.id % len(TOPICS)]
         return {"the next one": {"id": other["id"], "act": "unfollow" if other["followed"] else "follow"}}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-051
+# %% ../../nbs/phone/34m_news.ipynb #34m-057
 @template("follow the topic of a story", "news", level=3, horizon=13)
 class FollowItsTopic(Template):
     goals = ("Follow the topic of the story “{headline}”",
@@ -450,7 +450,7 @@ class FollowItsTopic(Template):
                                        "another topic": once(data, lambda phone, f: go(phone, "news", "topics")
                                                              or tap(phone, ("follow", f.topic % len(TOPICS) + 1)))}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-053
+# %% ../../nbs/phone/34m_news.ipynb #34m-059
 @template("hide a paper", "news", level=2, horizon=10)
 class HidePaper(Template):
     goals = ("{act} the stories of the {paper} in the news", "{act} the paper {paper} in the news",
@@ -465,7 +465,7 @@ class HidePaper(Template):
         other = data["news"]["papers"][f.id % len(PAPERS)]
         return {"another paper": {"id": other["id"], "act": "show" if other["hidden"] else "hide"}}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-055
+# %% ../../nbs/phone/34m_news.ipynb #34m-061
 @template("hide the paper of a story", "news", level=3, horizon=14, unseen=True)
 class HideItsPaper(Template):
     goals = ("Hide the paper that wrote “{headline}”", "Whose story is “{headline}”? Hide that paper in the news",
@@ -484,7 +484,7 @@ class HideItsPaper(Template):
                                       f: go(phone, "news", "topics", "papers") or tap(phone, ("hide", other))),
                 "saved": once(data, lambda phone, f: to_story(phone, f.id) or tap(phone, ("keep", f.id)))}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-057
+# %% ../../nbs/phone/34m_news.ipynb #34m-063
 @template("set the country of the news", "news", level=2, horizon=10, unseen=True)
 class SetCountry(Template):
     goals = ("Make {country} my country in the news", "Set the country of the news to {country}",
@@ -499,10 +499,10 @@ class SetCountry(Template):
                                                     if c not in (f.country, data["news"]["country"]))},
                 "only looked": lambda phone, f: go(phone, "news", "countries", ("country", f.country))}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-060
+# %% ../../nbs/phone/34m_news.ipynb #34m-066
 #| export
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-061
+# %% ../../nbs/phone/34m_news.ipynb #34m-067
 @template("note the author of a story", "news", "notes", level=3, horizon=15)
 class NoteAuthor(Template):
     goals = ("Who wrote the story “{headline}”? Write the name into a new note",
@@ -522,7 +522,7 @@ class NoteAuthor(Template):
         return {"another author": {"author": articles()[(f.id + 1) % 192].author},
                 "the headline": {"author": f.headline}}
 
-# %% ../../nbs/phone/34m_news.ipynb #34m-063
+# %% ../../nbs/phone/34m_news.ipynb #34m-069
 @template("a timer for the film of a story", "news", "clock", level=3, horizon=15)
 class TimerFromStory(Template):
     goals = ("Start a timer for as long as the film in the story “{headline}” lasts",

@@ -369,7 +369,7 @@ class Notes(NoteLists, NoteEvents, NoteSharing, NoteSaving, ListEvents, FolderEv
                       days=rng.randrange(1, 40), binned=i > 6) for i, (t, x, l) in enumerate(some)]
         return {"notes": notes, "folders": [dict(id=i + 1, name=n) for i, n in enumerate(rng.sample(FOLDERS, 3))]}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-038
+# %% ../../nbs/phone/34j_notes.ipynb #34j-042
 def a_note(
     rng,        # draws
     data,       # of all apps
@@ -386,7 +386,7 @@ def others(
     "The notes beside one."
     return [n for n in data["notes"]["notes"] if not n["binned"] and n["id"] != id]
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-039
+# %% ../../nbs/phone/34j_notes.ipynb #34j-043
 def was_on(
     phone,     # a `SimPhone`, now
     app: str,  # name of an app of pages
@@ -404,7 +404,7 @@ def once(
     "Moves up to the first thing that they change."
     return lambda phone, f: moves(phone, f) if phone.data == data else None
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-041
+# %% ../../nbs/phone/34j_notes.ipynb #34j-045
 @template("write a note", "notes", level=2, horizon=12)
 class WriteNote(Template):
     goals = ("Write a note called {title} that says {text}",
@@ -428,7 +428,7 @@ class WriteNote(Template):
         return {"no text": {"text": ""}, "over another note": instead,
                 "into the title": {"title": f"{f.title} {f.text}", "text": ""}}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-043
+# %% ../../nbs/phone/34j_notes.ipynb #34j-047
 @template("write a checklist", "notes", level=3, horizon=15)
 class WriteList(Template):
     goals = ("Make a checklist called {title} with {first} and {second}",
@@ -454,7 +454,7 @@ class WriteList(Template):
         return {"the other way round": {"first": f.second, "second": f.first},
                 "another title": {"title": f.title + "s"}}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-045
+# %% ../../nbs/phone/34j_notes.ipynb #34j-049
 @template("add to a checklist", "notes", level=2, horizon=14)
 class AddItem(Template):
     goals = ("Add {item} to the checklist {title}", "Put {item} on my {title} list",
@@ -477,7 +477,7 @@ class AddItem(Template):
         ticked = once(data, lambda phone, f: go(phone, "notes", ("note", f.id)) or tap(phone, ("tick", f.id, 0)))
         return {"another item": {"item": "Marbles"}, "into the title": renamed, "only ticked": ticked}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-047
+# %% ../../nbs/phone/34j_notes.ipynb #34j-051
 @template("tick an item", "notes", horizon=10)
 class TickItem(Template):
     goals = ("Tick off {item} on the {title} checklist", "Mark {item} as done in the list {title}",
@@ -500,7 +500,7 @@ class TickItem(Template):
         return {"another item": other, "thrown away": lambda phone,
                 f: go(phone, "notes", ("note", f.id)) or tap(phone, ("throw away", f.id))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-049
+# %% ../../nbs/phone/34j_notes.ipynb #34j-053
 @template("throw a note away", "notes", horizon=10)
 class ThrowAway(Template):
     goals = ("Delete the note {title}", "Move the note called {title} to the bin", "Throw away my {title} note")
@@ -514,7 +514,7 @@ class ThrowAway(Template):
         return {"another note": {"id": others(data, f.id)[0]["id"]},
                 "pinned": once(data, lambda phone, f: go(phone, "notes", ("note", f.id)) or tap(phone, ("pin", f.id)))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-051
+# %% ../../nbs/phone/34j_notes.ipynb #34j-055
 @template("restore a note", "notes", horizon=10, unseen=True)
 class RestoreNote(Template):
     goals = ("Get the note {title} back out of the bin", "Restore the deleted note {title}",
@@ -531,7 +531,7 @@ class RestoreNote(Template):
             go(phone, "notes", "bin", ("binned", f.id)) or tap(phone, ("ask", "erase", f.id), ("erase", f.id))
         return {"the other one": {"id": next(n["id"] for n in self.binned(data) if n["id"] != f.id)}, "erased": erase}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-053
+# %% ../../nbs/phone/34j_notes.ipynb #34j-057
 @template("pin a note", "notes", horizon=10)
 class PinNote(Template):
     goals = ("{act} the note {title}", "{act} my note called {title}", "Open the notes and {act} {title}")
@@ -546,7 +546,7 @@ class PinNote(Template):
         return {"another note": {"id": other["id"], "act": "unpin" if other["pinned"] else "pin"},
                 "thrown away": lambda phone, f: go(phone, "notes", ("note", f.id)) or tap(phone, ("throw away", f.id))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-055
+# %% ../../nbs/phone/34j_notes.ipynb #34j-059
 @template("colour a note", "notes", horizon=10)
 class PaintNote(Template):
     goals = ("Make the note {title} {color}", "Give the note {title} the colour {color}",
@@ -562,7 +562,7 @@ class PaintNote(Template):
         return {"another note": {"id": other["id"]},
                 "pinned": once(data, lambda phone, f: go(phone, "notes", ("note", f.id)) or tap(phone, ("pin", f.id)))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-057
+# %% ../../nbs/phone/34j_notes.ipynb #34j-061
 @template("move a note", "notes", level=2, horizon=10)
 class MoveNote(Template):
     goals = ("Move the note {title} to the folder {folder}", "Put my note {title} into the folder {folder}",
@@ -581,7 +581,7 @@ class MoveNote(Template):
                 "another note": {"id": next(n["id"] for n in data["notes"]["notes"]
                                             if not n["binned"] and n["id"] != f.id and n["folder"] != f.to)}}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-059
+# %% ../../nbs/phone/34j_notes.ipynb #34j-063
 @template("add a folder of notes", "notes", horizon=10)
 class AddFolder(Template):
     goals = ("Create a folder called {name} in the notes", "Add the folder {name} to my notes",
@@ -598,7 +598,7 @@ class AddFolder(Template):
                                     or fill(phone, "name", f.name) or tap(phone, ("save folder", 1)))
         return {"another name": {"name": f.name + "s"}, "one renamed": renamed}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-061
+# %% ../../nbs/phone/34j_notes.ipynb #34j-065
 @template("delete the note about something", "notes", level=3, horizon=12)
 class DeleteAbout(Template):
     goals = ("Delete the note that mentions the {word}", "Find the note with the word {word} in it and throw it away",
@@ -620,7 +620,7 @@ class DeleteAbout(Template):
                 or tap(phone, ("throw away", other)),
                 "only found": lambda phone, f: None if was_on(phone, "notes", "note", f.id) else self.moves(phone, f)}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-064
+# %% ../../nbs/phone/34j_notes.ipynb #34j-068
 class NoteFirst(Template):
     "A task of which the note tells the rest: `told(f)` is its text, `id` its number, `then` what follows."
     def told(self, f): raise NotImplementedError
@@ -631,7 +631,7 @@ class NoteFirst(Template):
     def moves(self, phone, f):
         return self.then(phone, f) if was_on(phone, "notes", "note", f.id) else go(phone, "notes", ("note", f.id))
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-065
+# %% ../../nbs/phone/34j_notes.ipynb #34j-069
 @template("a timer as in a note", "notes", "clock", level=3, horizon=15)
 class TimerFromNote(NoteFirst):
     goals = ("Start a timer for as long as the note {title} says",
@@ -651,7 +651,7 @@ class TimerFromNote(NoteFirst):
         less = SimpleNamespace(**{**vars(f), "minutes": f.minutes - 1})
         return {"a minute less": once(data, lambda phone, f: self.then(phone, less))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-067
+# %% ../../nbs/phone/34j_notes.ipynb #34j-071
 @template("an alarm as in a note", "notes", "clock", level=3, horizon=15)
 class AlarmFromNote(NoteFirst):
     goals = ("Turn {state} the alarm that the note {title} is about",
@@ -670,7 +670,7 @@ class AlarmFromNote(NoteFirst):
         flip = once(data, lambda phone, f: go(phone, "clock") or tap(phone, ("flip", other["id"])))
         return {"another alarm": flip, "only read": lambda phone, f: go(phone, "notes", ("note", f.id))}
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-069
+# %% ../../nbs/phone/34j_notes.ipynb #34j-073
 @template("a network as in a note", "notes", "settings", level=3, horizon=15, unseen=True)
 class NetworkFromNote(NoteFirst):
     goals = ("Connect to the Wi-Fi network that the note {title} names",
