@@ -61,8 +61,8 @@ def test_home_leads_home_and_what_was_there_at_first_is_unchanged():
         start, before = beginning(task), json.dumps(beginning(task))
         copy = phone.fork()
         copy.press("home")
-        assert copy.now["app"] == "launcher" and copy.now["data"] == phone.now["data"]
-        assert json.dumps(start) == before and (phone.now["data"] != start or not changes(start, phone.now["data"]))
+        assert copy.now["app"] == "launcher" and copy.data == phone.data
+        assert json.dumps(start) == before and (phone.data != start or not changes(start, phone.data))
 
 
 def test_what_is_listed_as_clickable_is_hit():

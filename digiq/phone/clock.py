@@ -324,7 +324,7 @@ class QuietDay(Template):
         return [a["id"] for a in data["clock"]["alarms"] if a["on"] and (f.day[:3] in a["days"]) == rings]
     def wanted(self, data, f): return [changed("clock", "alarms", i, on=False) for i in self._ids(data, f)]
     def moves(self, phone, f, rings=True):
-        ids = self._ids(phone.now["data"], f, rings)
+        ids = self._ids(phone.data, f, rings)
         return go(phone, "clock") or (tap(phone, ("flip", ids[0])) if ids else None)
     def misses(self, data, f): return {"those of other days": lambda phone, f: self.moves(phone, f, rings=False)}
 
@@ -363,7 +363,7 @@ class StartTimer(Template):
     def wanted(self, data, f): return [value("clock", "timer", {"seconds": 60 * f.minutes, "is": "running"})]
     def moves(self, phone, f, field="minutes", other="seconds"):
         if move := go(phone, "clock", "timer"): return move
-        if phone.now["data"]["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
+        if phone.data["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
         return fill(phone, other, "") or fill(phone, field, str(f.minutes)) or tap(phone, ("start timer",))
     def misses(self, data, f):
         return {"a minute more": {"minutes": f.minutes + 1},

@@ -18,7 +18,7 @@ from ..env import Unsupported, check_key, check_point
 from . import browser, clock, settings, ui # apps enter themselves into APPS
 from . import calendar # too
 from .apps import APPS, ICONS, MORE, Episode, find_app
-from .templates import KINDS, Kind, beginning, kind_of
+from .templates import KINDS, Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
 from ..tasks import Task
 
@@ -47,13 +47,15 @@ def reset(self:SimPhone,
     seed:int,       # of the episode
 ):
     "Begin an episode on the launcher."
+    site, content = (task.site, task.content) if task else ("", 0)
+    own = {name: data for name, data in beginning(task).items() if data is not contents(content).get(name)}
     self.put({"seed": derive_seed("episode", seed), "luck": derive_seed("luck", seed), "steps": 0, "app": "launcher",
-              "apps": {}, "avoid": task.site if task else "", "content": task.content if task else 0, "data": beginning(task)})
+              "apps": {}, "avoid": site, "content": content, "data": own})
     self.put(self.with_app("launcher"))
 
 @patch
 def put(self:SimPhone, state): # take over a state, which nobody changes
-    self.now = state
+    self.now, self.data = state, {**contents(state["content"]), **state["data"]}
     self.episode = _episode(state["seed"], state["luck"], self.dynamics, self.seed, state["content"])
 
 @patch
@@ -68,17 +70,18 @@ def with_app(self:SimPhone, name): # the state with another app on show, started
 
 @patch
 def own(self:SimPhone): # (the app on show, its state: view, data, and the data it reads)
-    name, data = self.now["app"], self.now["data"]
+    name, data = self.now["app"], self.data
     app, view = find_app(name), self.now["apps"][name]
-    if name not in data and not app.reads: return app, view
-    return app, {**view, "data": data.get(name, {}), "reads": {other: data.get(other, {}) for other in app.reads}}
+    if name in data: view = {**view, "data": data[name]}
+    return app, {**view, "reads": {other: data.get(other, {}) for other in app.reads}} if app.reads else view
 
 # %% ../../nbs/phone/35_device.ipynb #f536b89a
 @patch
 def with_own(self:SimPhone, own): # the state with the app on show in another state
     view = {k: v for k, v in own.items() if k not in ("data", "reads", "send")}
     after = {**self.now, "apps": {**self.now["apps"], self.now["app"]: view}}
-    if self.now["app"] in self.now["data"]: after["data"] = {**self.now["data"], self.now["app"]: own["data"]}
+    name, data = self.now["app"], own.get("data")
+    if data is not None and data is not self.data.get(name): after["data"] = {**self.now["data"], name: data}
     return self.answered(after, *own["send"]) if "send" in own else after
 
 @patch

@@ -132,7 +132,7 @@ def damages(
     phone: SimPhone, # at the goal
 ):                   # iterator of (where, a copy with one thing changed)
     "Copies of a phone with a record less or a value of another kind."
-    for app, data in phone.now["data"].items():
+    for app, data in phone.data.items():
         for key, held in data.items():
             if isinstance(held, list) and not held: continue
             copy = phone.fork()

@@ -226,7 +226,7 @@ class SetTwo(Template):
     def _pairs(self, f): return zip(f.keys, (f.state == "on", f.other == "on"))
     def wanted(self, data, f): return [value("settings", k, on) for k, on in self._pairs(f)]
     def moves(self, phone, f, most=2):
-        left = [k for k, on in list(self._pairs(f))[:most] if phone.now["data"]["settings"][k] != on]
+        left = [k for k, on in list(self._pairs(f))[:most] if phone.data["settings"][k] != on]
         return (go(phone, "settings", SWITCHES[left[0]][0]) or tap(phone, ("flip", left[0]))) if left else None
     def misses(self, data, f): return {"only the first": lambda phone, f: self.moves(phone, f, most=1)}
 
@@ -242,7 +242,7 @@ class SetLevel(Template):
         return {"label": LEVELS[key][1].lower(), "level": rng.choice(near), "key": key}
     def wanted(self, data, f): return [value("settings", f.key, f.level)]
     def moves(self, phone, f):
-        short = f.level - phone.now["data"]["settings"][f.key]
+        short = f.level - phone.data["settings"][f.key]
         step = ("step", f.key, 10 if short > 0 else -10)
         return go(phone, "settings", LEVELS[f.key][0]) or (tap(phone, step) if short else None)
     def misses(self, data, f):

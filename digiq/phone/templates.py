@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEW', 'ANY', 'KINDS', 'WAIT', 'MARGIN', 'Change', 'value', 'new', 'gone', 'changed', 'changes', 'alike', 'fulfilled',
-           'Content', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates', 'reachable',
-           'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'showing', 'look_up']
+           'Content', 'contents', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates',
+           'reachable', 'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'showing', 'look_up']
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-003
 import json, random
@@ -124,15 +124,20 @@ class Content(dict):
     def __init__(self, seed): self.seed = seed # the content of a task
     def __missing__(self, name): return self.setdefault(name, _drawn(APPS[name], self.seed))
 
+def contents(
+    content: int, # of a task; 0 for a phone as Web Shopping has it
+) -> dict:        # the data of every app that keeps any
+    "What is on a phone before anything was done with it. It is never changed in place."
+    return _contents(content, tuple(APPS.values()))
+
+@lru_cache(1024)
+def _contents(content, apps): return {app.name: own for app in apps if (own := _drawn(app, content))}
+
 def beginning(
     task: Task | None, # None for a phone that is for nothing
 ) -> dict:             # the data of every app that keeps any
-    "What is on the phone when the episode of a task begins. It is never changed in place."
-    return _beginning(task, tuple(APPS.values()))
-
-@lru_cache(1024)
-def _beginning(task, apps):
-    data = {app.name: own for app in apps if (own := _drawn(app, task.content if task else 0))}
+    "What is on the phone when the episode of a task begins: its content, and what its template sets up."
+    data = contents(task.content if task else 0)
     return data | kind_of(task).setup(data, filling(task)) if task else data
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-020
@@ -171,7 +176,7 @@ class Template(Kind):
     def misses(self, data, f): return {}    # name: other values for the filling, or a function (phone, f) -> move
 
     def done(self, phone, start, f):        # whether a phone that began with the data `start` is as wanted
-        return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, phone.now["data"]))
+        return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, phone.data))
 
     def judge(self, phone, task): return float(self.done(phone, beginning(task), filling(task)))
     def move(self, phone, task): return self.moves(phone, filling(task)) or WAIT
@@ -307,7 +312,7 @@ def showing(
     return own["stack"][-1]["page"] == page and own["stack"][-1]["of"] == list(of)
 
 def look_up(
-    data: dict,  # of all apps: `data`, or `phone.now["data"]`
+    data: dict,  # of all apps: `data`, or `phone.data`
     app: str,    # whose
     table: str,  # list of records
     **fields,    # that the record has
