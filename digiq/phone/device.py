@@ -16,7 +16,7 @@ from PIL import Image
 from ..core import derive_seed
 from ..env import Unsupported, check_key, check_point
 from . import browser, clock, settings, ui # apps enter themselves into APPS
-from . import calendar, maps # too
+from . import calendar, maps, weather # too
 from .apps import APPS, ICONS, MORE, Episode, find_app
 from .templates import KINDS, Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
