@@ -21,15 +21,17 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .everyday import NOW, TODAY, WEEKDAYS, clock_time, day_name, hour_of, people
+from .everyday import TODAY, WEEKDAYS, clock_time, day_name, hour_of, people
 from .clock import type_time
 from .pages import PagedApp, added, edited, record, removed
 from .templates import Template, changed, fill, go, gone, launch, look_up, new, pick, showing, tap, template
 from .town import places
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-006
-TITLES = """Dentist,Piano lesson,Team lunch,Yoga,Book club,Haircut,Car check,Choir,Project review,Football,Language course,Vet,Game night,
-Job interview,Flat viewing,Pottery,Swimming,Birthday party,Budget meeting,Photo walk,Picnic,Concert,Eye test,Tax advice""".replace("\n", "").split(",")
+TITLES = """Dentist,Piano lesson,Team lunch,Yoga,Book club,Haircut,Car check,Choir,
+Project review,Football,Language course,Vet,Game night,
+Job interview,Flat viewing,Pottery,Swimming,
+Birthday party,Budget meeting,Photo walk,Picnic,Concert,Eye test,Tax advice""".replace("\n", "").split(",")
 LENGTHS = {"30 min": 30, "1 hour": 60, "90 min": 90, "2 hours": 120}
 REPEATS, REMINDERS = ("Never", "Daily", "Weekly", "Monthly"), ("None", "10 min", "30 min", "1 hour", "1 day")
 COLORS = ("#3b7ded", "#1b8e5a", "#b3521b", "#7d3f9c", "#00808a")
@@ -44,7 +46,8 @@ class Calendar(PagedApp):
         days = [0, 0, *(rng.randrange(0, 21) for _ in range(n - 2))]
         starts = rng.sample([(h, m) for h in range(10, 20) for m in (0, 15, 30, 45)], n)
         return {"events": [dict(id=i + 1, title=t, day=d, hour=h, minute=m, length=rng.choice([30, 60, 60, 90]),
-                                place=rng.choice(list(places())) if rng.random() < .6 else "", guests=sorted(rng.sample(list(people), rng.choice((0, 0, 1, 2)) if people else 0)),
+                                place=rng.choice(list(places())) if rng.random() < .6 else "",
+                                guests=sorted(rng.sample(list(people), rng.choice((0, 0, 1, 2)) if people else 0)),
                                 repeat=rng.choice(("Never",) * 7 + REPEATS[2:]), remind=rng.choice(REMINDERS[:4]))
                            for i, (t, d, (h, m)) in enumerate(zip(rng.sample(TITLES, n), days, starts))]}
 
@@ -64,7 +67,8 @@ def occurs(
 ) -> bool:
     "Whether an event is on a day."
     past, first = day - event["day"], TODAY + timedelta(event["day"])
-    same = {"Never": past == 0, "Daily": True, "Weekly": past % 7 == 0, "Monthly": (TODAY + timedelta(day)).day == first.day}
+    same = {"Never": past == 0, "Daily": True, "Weekly": past % 7 == 0,
+            "Monthly": (TODAY + timedelta(day)).day == first.day}
     return past >= 0 and same[event["repeat"]]
 
 def agenda(
@@ -82,7 +86,8 @@ def weeks(
     "The days of a month by week."
     year, number = divmod(TODAY.year * 12 + TODAY.month - 1 + month, 12)
     rows = months.Calendar().monthdatescalendar(year, number + 1)
-    return f"{months.month_name[number + 1]} {year}", [[(d - TODAY).days if d.month == number + 1 else None for d in row] for row in rows]
+    return f"{months.month_name[number + 1]} {year}", [[(d - TODAY).days if d.month == number + 1 else None
+                                                        for d in row] for row in rows]
 
 def when(
     day: int, # from today
@@ -90,6 +95,7 @@ def when(
     "A day as one speaks of it."
     return ("today", "tomorrow")[day] if day in (0, 1) else "on " + day_name(day)
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-011
 def time_in(
     text: str,      # as typed: "3:30 PM", "15:30", "3 pm"
 ) -> tuple | None:  # (hour, minute); None for what is no time
@@ -100,15 +106,17 @@ def time_in(
     if minute > 59 or not (1 <= hour <= 12 if half else hour < 24): return None
     return (hour_of(hour, half.upper()) if half else hour), minute
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-013
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-014
 @lru_cache(4096)
 def _day(day, chosen, busy, on, color, size): # a day of a month
     ink = ui.WHITE if chosen else color if day == 0 else ui.INK
-    number = ui.row(ui.spacer(), ui.text(str((TODAY + timedelta(day)).day), design.BODY, ink, bold=day == 0), ui.spacer(), width=84, height=84,
+    number = ui.row(ui.spacer(), ui.text(str((TODAY + timedelta(day)).day), design.BODY, ink, bold=day == 0),
+                    ui.spacer(), width=84, height=84,
                     radius=42, bg=color if chosen else ui.WHITE)
     dot = ui.column(width=12, height=12, radius=6, bg=ui.MUTED if busy else ui.WHITE, desc="busy" if busy else "")
     return ui.column(number, dot, on=on, role="day", align="center", width=size, height=112, gap=4)
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-015
 def month_grid(
     month: int,   # from this month
     chosen: int,  # day from today
@@ -121,15 +129,18 @@ def month_grid(
     title, rows = weeks(month)
     side = lambda icon, by: ui.icon_button(icon, ("turn", by), 56, f"{'next' if by > 0 else 'previous'} month", ui.INK)
     head = ui.row(side("left", -1), ui.spacer(), ui.text(title, design.HEAD, bold=True), ui.spacer(), side("right", 1))
-    names = ui.row(*[ui.row(ui.spacer(), ui.text(d[:2], design.SMALL, ui.MUTED), ui.spacer(), width=wide // 7) for d in WEEKDAYS])
-    cell = lambda d: _day(d, d == chosen, busy(d), (event, d), color, wide // 7) if d is not None else ui.column(width=wide // 7, height=112)
+    names = ui.row(*[ui.row(ui.spacer(), ui.text(d[:2], design.SMALL, ui.MUTED), ui.spacer(),
+                            width=wide // 7) for d in WEEKDAYS])
+    cell = lambda d: _day(d, d == chosen, busy(d), (event, d), color,
+                          wide // 7) if d is not None else ui.column(width=wide // 7, height=112)
     return ui.column(head, names, *[ui.row(*map(cell, r)) for r in rows], gap=8, width=wide, bg=ui.WHITE)
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-014
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-016
 def _line(e, color=None): # an event in a list
     bar = ui.column(width=12, height=96, radius=6, bg=COLORS[sum(map(ord, e["title"])) % len(COLORS)])
     end = divmod(e["hour"] * 60 + e["minute"] + e["length"], 60)
-    note = f"{clock_time(e['hour'], e['minute'])} - {clock_time(end[0] % 24, end[1])}" + (f", {e['place']}" if e["place"] else "")
+    note = f"{clock_time(e['hour'], e['minute'])} - {clock_time(end[0] % 24, end[1])}" + (f", {e['place']}"
+            if e["place"] else "")
     return design.list_row(e["title"], ("open", "event", e["id"]), note, bar, role="event")
 
 _FIND, _ADD = ("search", ("open", "search"), "search icon"), ("plus", ("open", "edit", 0), "add button")
@@ -138,16 +149,21 @@ _FIND, _ADD = ("search", ("open", "search"), "search icon"), ("plus", ("open", "
 def page_month(self:Calendar, state, ep):
     f, data = state["fields"], state["data"]
     grid = month_grid(f["month"], f["day"], lambda d: bool(agenda(data, d)), "day", self.color)
-    rows = [_line(e) for e in agenda(data, f["day"])] or [ui.text("Nothing planned", design.BODY, ui.MUTED, pad=(24, design.EDGE))]
-    return design.Page("Calendar", [ui.column(grid, pad=(0, 24)), design.section(day_name(f["day"]), self.color), *rows], (_FIND,), _ADD)
+    rows = [_line(e) for e in agenda(data, f["day"])] or [ui.text("Nothing planned", design.BODY, ui.MUTED,
+            pad=(24, design.EDGE))]
+    return design.Page("Calendar", [ui.column(grid, pad=(0, 24)), design.section(day_name(f["day"]), self.color),
+                                    *rows], (_FIND,), _ADD)
 
 @patch
-def on_day(self:Calendar, state, ep, day): return {**state, "fields": {**state["fields"], "day": day, "month": month_of(day)}}
+def on_day(self:Calendar, state, ep, day):
+    return {**state, "fields": {**state["fields"], "day": day, "month": month_of(day)}}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-017
 @patch
-def on_turn(self:Calendar, state, ep, by): return {**state, "fields": {**state["fields"], "month": max(-60, min(60, state["fields"]["month"] + by))}}
+def on_turn(self:Calendar, state, ep, by):
+    return {**state, "fields": {**state["fields"], "month": max(-60, min(60, state["fields"]["month"] + by))}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-016
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-019
 ui.ICONS |= {"left": "l 15 5 8 12 15 19"}
 HOUR = 132 # height of an hour, px
 
@@ -165,9 +181,12 @@ def lanes(
 
 def _block(e): # an event of a day
     high = max(45, e["length"]) * HOUR // 60 // 4 * 4
-    words = [ui.text(e["title"], design.SMALL, ui.WHITE, bold=True), ui.text(e["place"] or clock_time(e["hour"], e["minute"]), 32, ui.WHITE) if high > 120 else None]
-    return ui.column(*words, height=high - 8, bg=COLORS[sum(map(ord, e["title"])) % len(COLORS)], radius=20, pad=(8, 20), on=("open", "event", e["id"]), role="event")
+    words = [ui.text(e["title"], design.SMALL, ui.WHITE, bold=True), ui.text(e["place"] or clock_time(e["hour"],
+            e["minute"]), 32, ui.WHITE) if high > 120 else None]
+    return ui.column(*words, height=high - 8, bg=COLORS[sum(map(ord, e["title"])) % len(COLORS)], radius=20,
+                     pad=(8, 20), on=("open", "event", e["id"]), role="event")
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-020
 def _lane(events, first): # blocks under each other
     out, y = [], 0
     for e in events:
@@ -176,32 +195,38 @@ def _lane(events, first): # blocks under each other
         y = max(y, top) + max(45, e["length"]) * HOUR // 60 // 4 * 4 - 8
     return ui.column(*out)
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-017
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-021
 @patch
 def page_day(self:Calendar, state, ep):
     day = state["fields"]["day"]
     events = agenda(state["data"], day)
     first = min([8, *(e["hour"] for e in events)])
-    hours = [ui.column(ui.divider(), ui.text(clock_time(h % 24, 0).replace(":00", ""), 32, ui.MUTED, pad=(8, 24)), height=HOUR) for h in range(first, 25)]
+    hours = [ui.column(ui.divider(), ui.text(clock_time(h % 24, 0).replace(":00", ""), 32, ui.MUTED, pad=(8, 24)),
+                       height=HOUR) for h in range(first, 25)]
     lane = [_lane(l, first) for l in lanes(events)]
-    body = ui.stack(ui.column(*hours), ui.row(ui.spacer(184), *lane, pad=(4, 24, 0, 0), gap=8, align="start"), width="fill")
+    body = ui.stack(ui.column(*hours), ui.row(ui.spacer(184), *lane, pad=(4, 24, 0, 0), gap=8, align="start"),
+                    width="fill")
     side = lambda icon, by: ui.icon_button(icon, ("day", day + by), 56, f"{'next' if by > 0 else 'previous'} day")
-    head = ui.row(side("left", -1), ui.spacer(), ui.text(day_name(day), design.HEAD, bold=True), ui.spacer(), side("right", 1), pad=(0, 24, 16, 24))
+    head = ui.row(side("left", -1), ui.spacer(), ui.text(day_name(day), design.HEAD, bold=True), ui.spacer(),
+                  side("right", 1), pad=(0, 24, 16, 24))
     return design.Page("Calendar", [head, body], (_FIND,), _ADD)
 
 @patch
 def page_agenda(self:Calendar, state, ep):
     days = [(d, found) for d in range(31) if (found := agenda(state["data"], d))]
-    rows = [n for d, found in days for n in (design.section("Today" if d == 0 else day_name(d), self.color), *map(_line, found))]
+    rows = [n for d, found in days for n in (design.section("Today" if d == 0 else day_name(d), self.color),
+                                             *map(_line, found))]
     return design.Page("Calendar", rows or [design.empty("Nothing planned", "calendar")], (_FIND,), _ADD)
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-022
 @patch
 def swiped(self:Calendar, state, direction):
     page, by = self.top(state)["page"], {"left": 1, "right": -1}.get(direction, 0)
     if state["ask"] or state["focus"] or not by: return state
-    return self.on_turn(state, None, by) if page == "month" else self.on_day(state, None, state["fields"]["day"] + by) if page == "day" else state
+    return self.on_turn(state, None, by) if page == "month" else self.on_day(state, None,
+            state["fields"]["day"] + by) if page == "day" else state
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-019
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-024
 @patch
 def page_event(self:Calendar, state, ep, id):
     e = record(state, "events", id)
@@ -209,47 +234,62 @@ def page_event(self:Calendar, state, ep, id):
     time = f"{clock_time(e['hour'], e['minute'])} - {clock_time(end[0] % 24, end[1])}"
     rows = [design.list_row(day_name(e["day"]), None, time, "clock"),
             design.list_row(f"Repeats {e['repeat'].lower()}", None, lead="timer") if e["repeat"] != "Never" else None,
-            design.list_row(e["place"], ("send", "maps", "find", e["place"]), "Show on the map", "map") if e["place"] else None,
+            design.list_row(e["place"], ("send", "maps", "find", e["place"]), "Show on the map",
+                            "map") if e["place"] else None,
             design.list_row("No reminder" if e["remind"] == "None" else f"{e['remind']} before", None, lead="bell")]
     guests = [design.list_row(g, None, lead=design.avatar(g, 96)) for g in e["guests"]]
     actions = (("edit", ("open", "edit", id), "edit button"), ("trash", ("ask", "delete", id), "delete button"))
-    return design.Page(e["title"], [*rows, design.section(f"Guests: {len(guests)}", self.color) if guests else None, *guests], actions)
+    return design.Page(e["title"], [*rows, design.section(f"Guests: {len(guests)}", self.color) if guests else None,
+                                    *guests], actions)
 
 @patch
 def ask_delete(self:Calendar, state, ep, id):
-    return design.dialog("Delete this event?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
+    return design.dialog("Delete this event?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))],
+                         color=self.color)
 
 @patch
-def on_delete(self:Calendar, state, ep, id): return self.to(removed(state, "events", id), state["stack"][:1], opens=False)
+def on_delete(self:Calendar, state, ep, id):
+    return self.to(removed(state, "events", id), state["stack"][:1], opens=False)
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-021
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-026
 @patch
 def fields_edit(self:Calendar, state, ep, id):
-    e = record(state, "events", id) or dict(title="", day=state["fields"]["day"], length=60, place="", guests=[], repeat="Never", remind="None")
-    return {"title": e["title"], "date": e["day"], "month": month_of(e["day"]), "time": clock_time(e["hour"], e["minute"]) if id else "", "place": e["place"],
-            "length": next((k for k, v in LENGTHS.items() if v == e["length"]), "1 hour"), "guests": e["guests"], "repeat": e["repeat"], "remind": e["remind"]}
+    e = record(state, "events", id) or dict(title="", day=state["fields"]["day"], length=60, place="", guests=[],
+                                            repeat="Never", remind="None")
+    return {"title": e["title"], "date": e["day"], "month": month_of(e["day"]),
+            "time": clock_time(e["hour"], e["minute"]) if id else "", "place": e["place"],
+            "length": next((k for k, v in LENGTHS.items() if v == e["length"]), "1 hour"), "guests": e["guests"],
+            "repeat": e["repeat"], "remind": e["remind"]}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-027
 @patch
 def page_edit(self:Calendar, state, ep, id):
     f = state["fields"]
-    day = ui.row(ui.text(day_name(f["date"]), design.BODY), ui.spacer(), ui.icon("calendar", 56, ui.MUTED), on=("ask", "date"), role="date field", height=128,
+    day = ui.row(ui.text(day_name(f["date"]), design.BODY), ui.spacer(), ui.icon("calendar", 56, ui.MUTED),
+                 on=("ask", "date"), role="date field", height=128,
                  radius=28, pad=(0, 36), bg=ui.SURFACE)
     date = ui.column(ui.text("Date", design.SMALL, ui.MUTED), day, gap=8, pad=(12, 0, 12, design.EDGE))
-    chips = lambda title, options, field: ui.column(ui.text(title, design.SMALL, ui.MUTED, pad=(12, design.EDGE, 0, design.EDGE)), design.choices(options, f[field], ("choose", field)))
+    chips = lambda title, options, field: ui.column(ui.text(title, design.SMALL, ui.MUTED,
+                                                            pad=(12, design.EDGE, 0, design.EDGE)),
+                                                            design.choices(options, f[field], ("choose", field)))
     names = ", ".join(g.split()[0] for g in f["guests"])
-    body = [design.form_field(state, "title", "Title"), ui.row(date, design.form_field(state, "time", "Time", "3:30 PM")), design.form_field(state, "place", "Place"),
-            chips("Length", LENGTHS, "length"), chips("Repeat", REPEATS, "repeat"), chips("Remind me before", REMINDERS, "remind"),
+    body = [design.form_field(state, "title", "Title"), ui.row(date, design.form_field(state, "time", "Time",
+            "3:30 PM")), design.form_field(state, "place", "Place"),
+            chips("Length", LENGTHS, "length"), chips("Repeat", REPEATS, "repeat"),
+            chips("Remind me before", REMINDERS, "remind"),
             design.list_row("Guests", ("open", "guests"), names or "None", "user", ui.icon("right", 48, ui.MUTED))]
     return design.Page("Edit event" if id else "New event", body, (("check", ("save", id), "save button"),))
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-022
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-028
 @patch
 def on_save(self:Calendar, state, ep, id):
     f, time = state["fields"], time_in(state["fields"]["time"])
     if not f["title"].strip() or not time: return {**state, "ask": ["not yet"], "focus": None}
-    event = dict(title=f["title"].strip(), day=f["date"], hour=time[0], minute=time[1], length=LENGTHS[f["length"]], place=f["place"].strip(),
+    event = dict(title=f["title"].strip(), day=f["date"], hour=time[0], minute=time[1], length=LENGTHS[f["length"]],
+                 place=f["place"].strip(),
                  guests=sorted(f["guests"]), repeat=f["repeat"], remind=f["remind"])
-    return self.closed(edited(state, "events", id, **event) if id else added(self.on_day(state, ep, f["date"]), "events", **event))
+    return self.closed(edited(state, "events", id, **event) if id else added(self.on_day(state, ep, f["date"]),
+            "events", **event))
 
 @patch
 def ask_not_yet(self:Calendar, state, ep):
@@ -263,14 +303,18 @@ def ask_date(self:Calendar, state, ep):
     return design.dialog("Date", grid, buttons=[("Cancel", ("dismiss",))], color=self.color)
 
 @patch
-def on_set_date(self:Calendar, state, ep, day): return {**state, "ask": None, "fields": {**state["fields"], "date": day}}
+def on_set_date(self:Calendar, state, ep, day):
+    return {**state, "ask": None, "fields": {**state["fields"], "date": day}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-023
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-029
 @patch
 def page_guests(self:Calendar, state, ep):
-    mark = lambda on: ui.row(ui.spacer(), ui.icon("check", 44, ui.WHITE) if on else None, ui.spacer(), width=64, height=64, radius=16,
-                             bg=self.color if on else ui.WHITE, border=(6, self.color if on else ui.MUTED), desc="on" if on else "off")
-    return design.Page("Guests", [design.list_row(p, ("toggle", "guests", p), "", design.avatar(p, 96), mark(p in state["fields"]["guests"]), role="guest")
+    mark = lambda on: ui.row(ui.spacer(), ui.icon("check", 44, ui.WHITE) if on else None, ui.spacer(), width=64,
+                             height=64, radius=16,
+                             bg=self.color if on else ui.WHITE, border=(6, self.color if on else ui.MUTED),
+                             desc="on" if on else "off")
+    return design.Page("Guests", [design.list_row(p, ("toggle", "guests", p), "", design.avatar(p, 96),
+                                                  mark(p in state["fields"]["guests"]), role="guest")
                                   for p in sorted(people(ep.content))])
 
 @patch
@@ -281,11 +325,14 @@ def on_open(self:Calendar, state, ep, page, *of): # a search can be typed into a
 @patch
 def fields_search(self:Calendar, state, ep): return {"find": ""}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-030
 @patch
 def page_search(self:Calendar, state, ep):
     asked = state["fields"]["find"].strip().lower()
-    hits = [e for e in state["data"]["events"] if asked and asked in " ".join([e["title"], e["place"], *e["guests"]]).lower()]
-    rows = [n for e in sorted(hits, key=lambda e: e["day"]) for n in (design.section(day_name(e["day"]), self.color), _line(e))]
+    hits = [e for e in state["data"]["events"] if asked and asked in " ".join([e["title"], e["place"],
+            *e["guests"]]).lower()]
+    rows = [n for e in sorted(hits, key=lambda e: e["day"]) for n in (design.section(day_name(e["day"]), self.color),
+            _line(e))]
     none = [design.empty("Nothing found" if asked else "Search titles, places, guests", "search")]
     return design.Page("Search", [design.search_field(state, "find", "Search events"), *(rows or none)])
 
@@ -294,7 +341,7 @@ def asked_add(self:Calendar, state, ep, title, day):
     form = self.jump(self.on_day(state, ep, day), ep, "edit", 0)
     return {**form, "fields": {**form["fields"], "title": title}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-029
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-036
 def to_day(
     phone,    # a `SimPhone`, now
     day: int, # from today
@@ -319,7 +366,7 @@ def to_event(
     "Open an event from its day."
     return to_day(phone, event["day"]) or go(phone, "calendar", ("event", event["id"]), *pages)
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-030
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-037
 def compose(
     phone,      # a `SimPhone`, now
     event: dict | None = None, # record to be changed; None for a new one
@@ -330,12 +377,14 @@ def compose(
     path = ([("event", id)] if id else []) + [("edit", id)]
     own = phone.now["apps"].get("calendar")
     begun = own and any(p["page"] == "edit" and p["of"] == [id] for p in own["stack"])
-    if begun and phone.now["app"] == "calendar" and sorted(own["fields"]["guests"]) != sorted(want.get("guests", own["fields"]["guests"])):
+    wrong = begun and set(want.get("guests", own["fields"]["guests"])) != set(own["fields"]["guests"])
+    if wrong and phone.now["app"] == "calendar":
         return go(phone, "calendar", *path, "guests") or pick(phone, "guests", want["guests"])
     move = (to_event(phone, event, ("edit", id)) if id else go(phone, "calendar", ("edit", 0)))
     if move: return move
     if own["ask"] and own["ask"] != ["date"]: return ("press", "back")
-    if own["fields"]["date"] != want.get("date", own["fields"]["date"]): return _turn(phone, own, want["date"], "set date") if own["ask"] else tap(phone, ("ask", "date"))
+    if own["fields"]["date"] != want.get("date", own["fields"]["date"]):
+        return _turn(phone, own, want["date"], "set date") if own["ask"] else tap(phone, ("ask", "date"))
     return _texts(phone, want) or tap(phone, ("save", id))
 
 def _texts(phone, want): # fields and chips
@@ -343,7 +392,7 @@ def _texts(phone, want): # fields and chips
     chips = (pick(phone, k, want[k]) for k in ("length", "repeat", "remind") if k in want)
     return next(filter(None, texts), None) or next(filter(None, chips), None)
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-031
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-038
 def some_event(
     rng,    # draws
     data,   # of all apps
@@ -362,6 +411,7 @@ def event_of(
     "The event that a filling means."
     return look_up(data, "calendar", "events", id=f.id)
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-039
 def other_event(
     data: dict, # of all apps
     f,          # filling with an `id`
@@ -379,37 +429,48 @@ def some_start(
 
 PLAIN = dict(length=60, place="", guests=[], repeat="Never", remind="None") # of a new event
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-032
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-040
 @template("add an event", "calendar", level=2, horizon=14)
 class AddEvent(Template):
-    goals = ("Add {title} to the calendar {when} at {time}", "Put {title} into my calendar {when} at {time}", "Create an event called {title} {when} at {time}")
+    goals = ("Add {title} to the calendar {when} at {time}", "Put {title} into my calendar {when} at {time}",
+             "Create an event called {title} {when} at {time}")
     held_out = ("I have {title} {when} at {time}: note it in the calendar",)
     def fill(self, rng, data):
         free, day = [t for t in TITLES if not look_up(data, "calendar", "events", title=t)], rng.randrange(0, 24)
         return {"title": rng.choice(free), "when": when(day), "day": day, **some_start(rng)}
-    def wanted(self, data, f): return [new("calendar", "events", title=f.title, day=f.day, hour=f.hour, minute=f.minute, **PLAIN)]
+    def wanted(self, data, f):
+        return [new("calendar", "events", title=f.title, day=f.day, hour=f.hour, minute=f.minute, **PLAIN)]
     def moves(self, phone, f):
         return to_day(phone, f.day) or compose(phone, title=f.title, date=f.day, time=f.time)
     def misses(self, data, f):
         early = (f.hour + 12) % 24
-        return {"another day": {"day": f.day + 1}, "half a day off": {"hour": early, "time": clock_time(early, f.minute)}, "another title": {"title": f.title + " 2"}}
+        return {"another day": {"day": f.day + 1}, "half a day off": {"hour": early,
+                "time": clock_time(early, f.minute)}, "another title": {"title": f.title + " 2"}}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-042
 @template("add an event with a place", "calendar", level=2, horizon=14)
 class AddPlaced(Template):
-    goals = ("Add {title} at {place} today at {time} to the calendar", "Create the event {title} for today, {time}, at the place {place}",
+    goals = ("Add {title} at {place} today at {time} to the calendar",
+             "Create the event {title} for today, {time}, at the place {place}",
              "Put {title} into today's calendar: {time}, {place}")
     held_out = ("Today at {time} there is {title}, at {place}: add it to the calendar",)
     def fill(self, rng, data):
         free = [t for t in TITLES if not look_up(data, "calendar", "events", title=t)]
         return {"title": rng.choice(free), "place": rng.choice(list(places())), **some_start(rng)}
-    def wanted(self, data, f): return [new("calendar", "events", title=f.title, day=0, hour=f.hour, minute=f.minute, **{**PLAIN, "place": f.place})]
-    def moves(self, phone, f): return to_day(phone, 0) or compose(phone, title=f.title, date=0, time=f.time, place=f.place)
-    def misses(self, data, f): return {"no place": {"place": ""}, "ten minutes off": {"time": clock_time(f.hour, (f.minute + 10) % 60), "minute": (f.minute + 10) % 60}}
+    def wanted(self, data, f):
+        return [new("calendar", "events", title=f.title, day=0, hour=f.hour, minute=f.minute,
+                    **{**PLAIN, "place": f.place})]
+    def moves(self, phone, f):
+        return to_day(phone, 0) or compose(phone, title=f.title, date=0, time=f.time, place=f.place)
+    def misses(self, data, f):
+        return {"no place": {"place": ""}, "ten minutes off": {"time": clock_time(f.hour, (f.minute + 10) % 60),
+                                                               "minute": (f.minute + 10) % 60}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-033
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-044
 @template("delete an event", "calendar")
 class DeleteEvent(Template):
-    goals = ("Delete {title} from the calendar; it is {when}", "Cancel {title} {when} in the calendar", "Remove the event {title} {when} from my calendar")
+    goals = ("Delete {title} from the calendar; it is {when}", "Cancel {title} {when} in the calendar",
+             "Remove the event {title} {when} from my calendar")
     held_out = ("{title} {when} is off: delete the event",)
     def fill(self, rng, data): return some_event(rng, data) or None
     def wanted(self, data, f): return [gone("calendar", "events", f.id)]
@@ -418,24 +479,30 @@ class DeleteEvent(Template):
         return (to_event(phone, e) or tap(phone, ("ask", "delete", f.id), ("delete", f.id))) if e else None
     def misses(self, data, f): return {"another event": other_event(data, f)}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-046
 @template("move an event to another time", "calendar", level=2, horizon=14)
 class MoveTime(Template):
-    goals = ("Move {title} {when} to {time}", "{title} {when} now begins at {time}: change it in the calendar", "Change the time of the event {title} {when} to {time}")
+    goals = ("Move {title} {when} to {time}", "{title} {when} now begins at {time}: change it in the calendar",
+             "Change the time of the event {title} {when} to {time}")
     held_out = ("Put {title} {when} at {time} instead",)
     def fill(self, rng, data): return (e := some_event(rng, data)) and {**e, **some_start(rng)} or None
     def wanted(self, data, f):
         e = event_of(data, f)
-        return [changed("calendar", "events", f.id, **{k: v for k, v in (("hour", f.hour), ("minute", f.minute)) if e[k] != v})]
+        return [changed("calendar", "events", f.id, **{k: v for k, v in (("hour", f.hour),
+                ("minute", f.minute)) if e[k] != v})]
     def moves(self, phone, f): return compose(phone, event_of(phone.data, f), time=f.time)
     def misses(self, data, f):
         early = (f.hour + 12) % 24
-        return {"another event": other_event(data, f), "half a day off": {"hour": early, "time": clock_time(early, f.minute)},
-                "a second one": lambda phone, f: go(phone, "calendar", ("edit", 0)) or compose(phone, title=f.title, date=f.day, time=f.time)}
+        return {"another event": other_event(data, f), "half a day off": {"hour": early,
+                "time": clock_time(early, f.minute)},
+                "a second one": lambda phone, f: go(phone, "calendar", ("edit", 0)) or compose(phone, title=f.title,
+                date=f.day, time=f.time)}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-034
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-048
 @template("move an event to another day", "calendar", level=2, horizon=14)
 class MoveDay(Template):
-    goals = ("Move {title} {when} to {date}", "{title} {when} takes place on {date} instead: change the event", "Change the date of {title} {when} to {date}")
+    goals = ("Move {title} {when} to {date}", "{title} {when} takes place on {date} instead: change the event",
+             "Change the date of {title} {when} to {date}")
     held_out = ("Postpone {title} {when}: the new day is {date}",)
     def fill(self, rng, data):
         e, to = some_event(rng, data), rng.randrange(2, 25)
@@ -446,22 +513,27 @@ class MoveDay(Template):
         return compose(phone, e, date=f.to)
     def misses(self, data, f): return {"a day later": {"to": f.to + 1}, "another event": other_event(data, f)}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-050
 @template("set a reminder", "calendar", level=2)
 class Remind(Template):
-    goals = ("Remind me {remind} before {title} {when}", "Set a reminder for {title} {when}, {remind} before", "The calendar should remind me of {title} {when} {remind} before it begins")
+    goals = ("Remind me {remind} before {title} {when}", "Set a reminder for {title} {when}, {remind} before",
+             "The calendar should remind me of {title} {when} {remind} before it begins")
     held_out = ("{title} {when}: I want a reminder {remind} earlier",)
     def fill(self, rng, data):
         e, remind = some_event(rng, data), rng.choice(REMINDERS[1:])
-        return {**e, "remind": remind} if e and look_up(data, "calendar", "events", id=e["id"])["remind"] != remind else None
+        return {**e, "remind": remind} if e and look_up(data, "calendar", "events",
+                                                        id=e["id"])["remind"] != remind else None
     def wanted(self, data, f): return [changed("calendar", "events", f.id, remind=f.remind)]
     def moves(self, phone, f): return compose(phone, event_of(phone.data, f), remind=f.remind)
     def misses(self, data, f):
-        return {"another reminder": {"remind": next(r for r in REMINDERS if r not in (f.remind, event_of(data, f)["remind"]))}}
+        return {"another reminder": {"remind": next(r for r in REMINDERS if r not in (f.remind,
+                event_of(data, f)["remind"]))}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-035
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-052
 @template("invite a guest", "calendar", level=2, horizon=14)
 class Invite(Template):
-    goals = ("Invite {name} to {title} {when}", "Add {name} to the guests of {title} {when}", "{name} comes to {title} {when}: add the guest in the calendar")
+    goals = ("Invite {name} to {title} {when}", "Add {name} to the guests of {title} {when}",
+             "{name} comes to {title} {when}: add the guest in the calendar")
     held_out = ("Put {name} on the guest list of {title} {when}",)
     def fill(self, rng, data):
         e, known = some_event(rng, data), {g for e in data["calendar"]["events"] for g in e["guests"]}
@@ -469,77 +541,99 @@ class Invite(Template):
         return {**e, "name": rng.choice(free)} if free else None
     def guests(self, data, f): return sorted([*event_of(data, f)["guests"], f.name])
     def wanted(self, data, f): return [changed("calendar", "events", f.id, guests=self.guests(data, f))]
-    def moves(self, phone, f): return compose(phone, event_of(phone.data, f), guests=sorted({*event_of(phone.data, f)["guests"], f.name}))
+    def moves(self, phone, f):
+        return compose(phone, event_of(phone.data, f), guests=sorted({*event_of(phone.data, f)["guests"], f.name}))
     def misses(self, data, f):
         alone = lambda phone, f: compose(phone, event_of(phone.data, f), guests=[f.name])
-        return {"another event": other_event(data, f), **({"the others taken off": alone} if event_of(data, f)["guests"] else {})}
+        return {"another event": other_event(data, f), **({"the others taken off": alone} if event_of(data,
+                f)["guests"] else {})}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-054
 @template("repeat an event", "calendar", unseen=True)
 class Repeat(Template):
-    goals = ("Make {title} {when} repeat {repeat}", "{title} {when} should repeat {repeat}", "Let the event {title} {when} come back {repeat}")
+    goals = ("Make {title} {when} repeat {repeat}", "{title} {when} should repeat {repeat}",
+             "Let the event {title} {when} come back {repeat}")
     held_out = ("From now on {title} {when} is {repeat}",)
-    def fill(self, rng, data): return (e := some_event(rng, data)) and {**e, "repeat": rng.choice(("daily", "weekly", "monthly"))} or None
+    def fill(self, rng, data):
+        return (e := some_event(rng, data)) and {**e, "repeat": rng.choice(("daily", "weekly", "monthly"))} or None
     def wanted(self, data, f): return [changed("calendar", "events", f.id, repeat=f.repeat.capitalize())]
     def moves(self, phone, f): return compose(phone, event_of(phone.data, f), repeat=f.repeat.capitalize())
-    def misses(self, data, f): return {"another event": other_event(data, f), "too often": {"repeat": "daily" if f.repeat != "daily" else "weekly"}}
+    def misses(self, data, f):
+        return {"another event": other_event(data, f),
+                "too often": {"repeat": "daily" if f.repeat != "daily" else "weekly"}}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-037
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-057
 @template("show a day", "calendar")
 class ShowDay(Template):
-    goals = ("Show the day view of {date} in the calendar", "Open the calendar's day view for {date}", "I want to see {date} hour by hour in the calendar")
+    goals = ("Show the day view of {date} in the calendar", "Open the calendar's day view for {date}",
+             "I want to see {date} hour by hour in the calendar")
     held_out = ("Calendar: what does {date} look like as a day?",)
     def fill(self, rng, data): return {"date": day_name(day := rng.randrange(2, 40)), "day": day}
-    def shown(self, phone, f): return showing(phone, "calendar", "day") and phone.now["apps"]["calendar"]["fields"]["day"] == f.day
+    def shown(self, phone, f):
+        return showing(phone, "calendar", "day") and phone.now["apps"]["calendar"]["fields"]["day"] == f.day
     def moves(self, phone, f):
         own = phone.now["apps"].get("calendar")
-        if phone.now["app"] == "calendar" and len(own["stack"]) == 1 and own["fields"]["day"] == f.day: return go(phone, "calendar", "day")
+        if phone.now["app"] == "calendar" and len(own["stack"]) == 1 and own["fields"]["day"] == f.day:
+            return go(phone, "calendar", "day")
         return to_day(phone, f.day) or go(phone, "calendar")
-    def misses(self, data, f): return {"the day after": {"day": f.day + 1}, "in the month": lambda phone, f: to_day(phone, f.day)}
+    def misses(self, data, f):
+        return {"the day after": {"day": f.day + 1}, "in the month": lambda phone, f: to_day(phone, f.day)}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-059
 @template("open the event with a guest", "calendar", level=2)
 class WithGuest(Template):
-    goals = ("Open the event to which {name} is invited", "Which event has {name} as a guest? Open it", "Show me the event in the calendar that {name} comes to")
+    goals = ("Open the event to which {name} is invited", "Which event has {name} as a guest? Open it",
+             "Show me the event in the calendar that {name} comes to")
     held_out = ("When do I meet {name}? Open the event in the calendar",)
     def fill(self, rng, data):
         guests = [g for e in data["calendar"]["events"] for g in e["guests"]]
         once = [g for g in guests if guests.count(g) == 1]
         name = rng.choice(once) if once else ""
-        return {"name": name, "id": next(e["id"] for e in data["calendar"]["events"] if name in e["guests"])} if name else None
+        return {"name": name, "id": next(e["id"] for e in data["calendar"]["events"]
+                                         if name in e["guests"])} if name else None
     def shown(self, phone, f): return showing(phone, "calendar", "event", f.id)
     def moves(self, phone, f):
         if self.shown(phone, f): return None
         return go(phone, "calendar", "search") or fill(phone, "find", f.name) or tap(phone, ("open", "event", f.id))
-    def misses(self, data, f): return {"another event": lambda phone, _: to_event(phone, next(e for e in data["calendar"]["events"] if e["id"] != f.id))}
+    def misses(self, data, f):
+        return {"another event": lambda phone,
+                _: to_event(phone, next(e for e in data["calendar"]["events"] if e["id"] != f.id))}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-039
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-062
 @template("clear a day", "calendar", level=3, horizon=15)
 class ClearDay(Template):
-    goals = ("Delete everything that is in the calendar {when}", "Clear my calendar {when}", "I am ill {when}: delete all events of that day")
+    goals = ("Delete everything that is in the calendar {when}", "Clear my calendar {when}",
+             "I am ill {when}: delete all events of that day")
     held_out = ("Nothing shall be left in the calendar {when}",)
     def fill(self, rng, data):
         days = [e["day"] for e in data["calendar"]["events"]]
-        once = sorted({d for d in days if 1 < days.count(d) < 4 and all(e["repeat"] == "Never" for e in agenda(data["calendar"], d))})
+        once = sorted({d for d in days if 1 < days.count(d) < 4 and all(e["repeat"] == "Never"
+                for e in agenda(data["calendar"], d))})
         return {"when": when(day := rng.choice(once)), "day": day} if once else None
     def wanted(self, data, f): return [gone("calendar", "events", e["id"]) for e in agenda(data["calendar"], f.day)]
     def moves(self, phone, f):
         left = agenda(phone.data["calendar"], f.day)
-        return (to_event(phone, left[0]) or tap(phone, ("ask", "delete", left[0]["id"]), ("delete", left[0]["id"]))) if left else None
+        return (to_event(phone, left[0]) or tap(phone, ("ask", "delete", left[0]["id"]),
+                                                ("delete", left[0]["id"]))) if left else None
     def misses(self, data, f):
         def one(phone, f):
             left = agenda(phone.data["calendar"], f.day)
             if len(left) == len(agenda(data["calendar"], f.day)): return self.moves(phone, f)
         return {"only one": one}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-064
 @template("solve a clash", "calendar", level=3, horizon=14)
 class Clash(Template):
-    goals = ("Two events overlap {when}: delete the one that begins later", "{when} has two events at once in the calendar; remove the later one",
+    goals = ("Two events overlap {when}: delete the one that begins later",
+             "{when} has two events at once in the calendar; remove the later one",
              "Find the two events {when} that are in each other's way and delete that which starts later")
     held_out = ("There is a clash in my calendar {when}. Delete the later event",)
     def setup(self, data, f):
         events = [e for e in data["calendar"]["events"] if e["repeat"] == "Never" and e["day"] != f.day]
         first, second = events[0]["id"], events[1]["id"]
         put = {first: dict(hour=f.hour, minute=0, length=90), second: dict(hour=f.hour + 1, minute=15, length=60)}
-        return {"calendar": {"events": [{**e, **put[e["id"]], "day": f.day} if e["id"] in put else e for e in data["calendar"]["events"]]}}
+        return {"calendar": {"events": [{**e, **put[e["id"]],
+                                         "day": f.day} if e["id"] in put else e for e in data["calendar"]["events"]]}}
     def fill(self, rng, data):
         day = rng.randrange(1, 22)
         once = [e for e in data["calendar"]["events"] if e["repeat"] == "Never" and e["day"] != day]
@@ -549,27 +643,35 @@ class Clash(Template):
     def wanted(self, data, f): return [gone("calendar", "events", self.pair(data, f)[1]["id"])]
     def moves(self, phone, f, later=1):
         both = self.pair(phone.data, f)
-        return (to_event(phone, both[later]) or tap(phone, ("ask", "delete", both[later]["id"]), ("delete", both[later]["id"]))) if len(both) == 2 else None
+        return (to_event(phone, both[later]) or tap(phone, ("ask", "delete", both[later]["id"]),
+                                                    ("delete", both[later]["id"]))) if len(both) == 2 else None
     def misses(self, data, f): return {"the earlier one": lambda phone, f: self.moves(phone, f, 0)}
 
-# %% ../../nbs/phone/34g_calendar.ipynb #34g-040
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-066
 @template("set an alarm for an event", "calendar", "clock", level=3, horizon=15)
 class AlarmFor(Template):
-    goals = ("Set an alarm for the time when {title} begins {when}", "Look up when {title} begins {when} and set an alarm for that time", "{title} is {when}: set an alarm in the clock for its beginning")
+    goals = ("Set an alarm for the time when {title} begins {when}",
+             "Look up when {title} begins {when} and set an alarm for that time",
+             "{title} is {when}: set an alarm in the clock for its beginning")
     held_out = ("An alarm should ring when {title} starts {when}",)
     def fill(self, rng, data):
         free = lambda e: not look_up(data, "clock", "alarms", hour=e["hour"], minute=e["minute"])
         return some_event(rng, data, lambda e: free(e) and e["day"] < 17) or None
-    def wanted(self, data, f): return [new("clock", "alarms", hour=event_of(data, f)["hour"], minute=event_of(data, f)["minute"], label="", days=[], on=True)]
+    def wanted(self, data, f):
+        return [new("clock", "alarms", hour=event_of(data, f)["hour"], minute=event_of(data, f)["minute"], label="",
+                    days=[], on=True)]
     def moves(self, phone, f, late=0):
         e, own = event_of(phone.data, f), phone.now["apps"].get("calendar")
         if not own or own["fields"]["day"] != f.day: return to_day(phone, f.day) or go(phone, "calendar")
-        return go(phone, "clock", ("alarm", 0)) or type_time(phone, (e["hour"] + late) % 24, e["minute"]) or tap(phone, ("save", 0))
+        return go(phone, "clock", ("alarm", 0)) or type_time(phone, (e["hour"] + late) % 24, e["minute"]) or tap(phone,
+                ("save", 0))
     def misses(self, data, f): return {"an hour late": lambda phone, f: self.moves(phone, f, 1)}
 
+# %% ../../nbs/phone/34g_calendar.ipynb #34g-068
 @template("take a guest off", "calendar", level=2, horizon=14, unseen=True)
 class Uninvite(Template):
-    goals = ("Take {name} off the guests of {title} {when}", "{name} does not come to {title} {when}: remove the guest", "Remove {name} from the event {title} {when}")
+    goals = ("Take {name} off the guests of {title} {when}", "{name} does not come to {title} {when}: remove the guest",
+             "Remove {name} from the event {title} {when}")
     held_out = ("{title} {when} takes place without {name}: change the guests",)
     def fill(self, rng, data):
         e = some_event(rng, data, lambda e: e["guests"])

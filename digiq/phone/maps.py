@@ -13,18 +13,18 @@ __all__ = ['STYLES', 'TRAFFIC', 'LISTS', 'BY', 'ZOOMS', 'map_node', 'scenery', '
 #| default_exp phone.maps
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-003
+import random
 from functools import lru_cache
 
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
-import random
 
 from ..core import derive_seed
 from . import design, town, ui
 from .apps import app
-from .calendar import event_of, compose, other_event, some_event, to_day, to_event
-from .everyday import NOW, STREETS, phone_of
-from .pages import PagedApp, added, record, removed, stored
+from .calendar import compose, event_of, some_event, to_event
+from .everyday import STREETS, phone_of
+from .pages import PagedApp, added, removed, stored
 from .templates import Template, changed, fill, go, gone, look_up, new, showing, tap, template, value
 from .town import HERE, HOME, PLACE_KINDS, address_in, duration, hours_note, is_open, length, locate, places
 
@@ -44,7 +44,8 @@ def map_node(
     clear=(),              # points at which no names of streets may stand
 ) -> ui.Node:
     "A map over the whole width."
-    points = tuple(ui.node("space", place=(round(x), round(y)), role=role) for role, ps in (("way", line), ("clear", clear)) for x, y in ps)
+    points = tuple(ui.node("space", place=(round(x), round(y)), role=role) for role,
+                   ps in (("way", line), ("clear", clear)) for x, y in ps)
     middle = round(middle[0]), round(middle[1])
     return ui.node("map", points, text=where, place=middle, seed=round(zoom * 100), color=style, height=height,
                    width=1080, bg=STYLES[style.split()[0]][0])
@@ -98,7 +99,8 @@ def _line(where, street, at): # its knots on the picture, the first and last one
 def _roads(d, where, colors, at, zoom, traffic):
     lines = [_line(where, s, at) for s in town.streets(where)]
     for color, more in ((colors[5], 3), (colors[4], 0)):
-        for i, line in enumerate(lines): d.line(line, color, round((more + (15 if i % 8 in (2, 5) else 10)) * zoom), joint="curve")
+        for i, line in enumerate(lines):
+            d.line(line, color, round((more + (15 if i % 8 in (2, 5) else 10)) * zoom), joint="curve")
     for i, line in enumerate(lines):
         for j in range(6 if traffic and i % 8 in (1, 2, 5) else 0):
             d.line(line[j:j + 2], TRAFFIC[derive_seed("traffic", where, i, j) % 4], max(2, round(5 * zoom)))
@@ -119,7 +121,8 @@ def _names(im, n, x, y, w, h, s, colors):
             box = (a - half, b - high, a + half, b + high)
             if box[0] < 0 or box[1] < 0 or box[2] > w or box[3] > h or any(_meet(box, t) for t in taken): continue
             taken.append(box)
-            ui._put(im, ui.rgb(colors[6]), round((x + a) * s) - mask.width // 2, round((y + b) * s) - mask.height // 2, mask)
+            ui._put(im, ui.rgb(colors[6]), round((x + a) * s) - mask.width // 2, round((y + b) * s) - mask.height // 2,
+                    mask)
             break
 
 def _meet(a, b): return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] # whether two boxes do
@@ -128,12 +131,14 @@ ui.KINDS["map"] = ("leaf", "view.View")
 ui._LEAVES["map"] = _paint_map
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-013
-def _pin(name, icon, color, on, wide, label): # a disc with a symbol, its name below
+def _pinned(name, icon, color, on, wide, x, y, height): # a disc with a symbol, its name below, on a map so high
     disc = ui.row(ui.spacer(), ui.icon(icon, 44, ui.WHITE), ui.spacer(), width=76, height=76, radius=38, bg=color,
                   border=(4, ui.WHITE), desc=name)
-    words = ui.text(name, 32, ui.INK) if label else None
-    return ui.column(disc, words, on=on, role="pin", align="center", width=wide, height=124 if label else 76)
+    words, high = (ui.text(name, 32, ui.INK), 124) if wide > 76 else (None, 76)
+    place = (y - 38) / (height - high), (x - wide / 2) / (1080 - wide)
+    return ui.column(disc, words, on=on, role="pin", align="center", width=wide, height=high, place=place)
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-014
 def with_pins(
     base: ui.Node, # from `map_node`
     pins,          # (x, y, name, icon, colour, event of a tap) of each, in units
@@ -147,25 +152,25 @@ def with_pins(
     spots = [(x, y, p) for x, y, p in spots if 40 < x < 1040 and 40 < y < h - 40
              and not any(_meet((x - 42, y - 42, x + 42, y + 42), b) for b in free)]
     discs = [(x - 42, y - 42, x + 42, y + 42) for x, y, _ in spots]
-    for i, (x, y, (_, _, name, icon, color, on)) in enumerate(spots):
+    for i, (x, y, (*_, name, icon, color, on)) in enumerate(spots):
         half = ui.text_width(name, 32, False) // 2 + 12
         box = (x - half, y + 38, x + half, y + 90)
         room = not any(_meet(box, b) for b in boxes + discs[:i] + discs[i + 1:])
         label = names and room and box[0] > 0 and box[2] < 1080 and box[3] < h
         if label: boxes.append(box)
-        wide, high = (2 * half, 124) if label else (76, 76)
-        at = ((y - 38) / (h - high), (x - wide / 2) / (1080 - wide))
-        out.append(ui.column(_pin(name, icon, color, on, wide, label), width=wide, place=at))
-    line, clear = [c.place for c in base.children], [(x, y) for x, y, *_ in pins] + [locate(HERE)[3:]]
+        out.append(_pinned(name, icon, color, on, 2 * half if label else 76, x, y, h))
+    line, clear = [c.place for c in base.children], [p[:2] for p in pins] + [locate(HERE)[3:]]
     clear += [(cx + ((b[0] + b[2]) / 2 - 540) / zoom, cy + ((b[1] + b[3]) / 2 - h / 2) / zoom) for b in boxes]
-    return ui.stack(map_node(base.place, zoom, h, base.color, base.text, line, clear), *out, *over, width=1080, height=h)
+    clear_map = map_node(base.place, zoom, h, base.color, base.text, line, clear)
+    return ui.stack(clear_map, *out, *over, width=1080, height=h)
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-014
+# %% ../../nbs/phone/34h_maps.ipynb #34h-015
 def _here_pin(base): # the blue dot where the phone is
     spot, zoom, h = locate(HERE), base.seed / 100, base.height
     x, y = 540 + (spot.x - base.place[0]) * zoom, h / 2 + (spot.y - base.place[1]) * zoom
     if base.text != HOME or not (40 < x < 1040 and 40 < y < h - 40): return None
-    return ui.column(width=56, height=56, radius=28, bg="#1a73e8", border=(10, ui.WHITE), place=((y - 28) / (h - 56), (x - 28) / 1024))
+    return ui.column(width=56, height=56, radius=28, bg="#1a73e8", border=(10, ui.WHITE),
+                     place=((y - 28) / (h - 56), (x - 28) / 1024))
 
 def place_pin(
     name: str,              # of a place, or an address
@@ -176,7 +181,7 @@ def place_pin(
     icon, color = PLACE_KINDS[places()[name].kind] if name in places() else ("flag", ui.RED)
     return spot.x, spot.y, name, icon, color, on
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-016
+# %% ../../nbs/phone/34h_maps.ipynb #34h-017
 ui.ICONS |= {"target": "o 5 5 19 19;d 9 9 15 15;l 12 1 12 5;l 12 19 12 23;l 1 12 5 12;l 19 12 23 12"}
 LISTS = ("Favourites", "Want to go", "For guests")
 BY = {"car": "by car", "foot": "on foot", "transit": "by public transport"}
@@ -192,41 +197,50 @@ class Maps(PagedApp):
         saved = [dict(id=i + 1, name=n, list=rng.choice(LISTS)) for i, n in enumerate(names[:6])]
         some = lambda: f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}, {HOME}"
         return {"saved": saved, "recents": [dict(id=i + 1, name=n) for i, n in enumerate(names[6:])], "home": some(),
-                "work": some(), "traffic": rng.random() < .5, "satellite": rng.random() < .2, "going": {"to": "", "by": ""}}
+                "work": some(), "traffic": rng.random() < .5, "satellite": rng.random() < .2,
+                "going": {"to": "", "by": ""}}
 
     def start(self, ep, avoid):
         spot = locate(HERE)
         view = {"at": [round(spot.x), round(spot.y)], "zoom": 1, "by": "car", "seen": []}
         return {**super().start(ep, avoid), "fields": view}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-019
+# %% ../../nbs/phone/34h_maps.ipynb #34h-020
 @patch
-def style(self:Maps, data): return ("satellite" if data["satellite"] else "plain") + (" traffic" if data["traffic"] else "")
+def style(self:Maps, data):
+    return ("satellite" if data["satellite"] else "plain") + (" traffic" if data["traffic"] else "")
 
 def _search_box(label, on):
-    return ui.row(ui.icon("search", 56, ui.MUTED), ui.text(label, design.BODY, ui.MUTED, width="fill"), on=on, role="search box",
+    return ui.row(ui.icon("search", 56, ui.MUTED), ui.text(label, design.BODY, ui.MUTED, width="fill"), on=on,
+                  role="search box",
                   bg=ui.SURFACE, radius=64, height=128, pad=(0, 40), gap=32)
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-021
 @patch
 def page_explore(self:Maps, state, ep):
     f, d = state["fields"], state["data"]
     base = map_node(f["at"], ZOOMS[f["zoom"]], 1704, self.style(d))
     pins = [place_pin(n, ("open", "place", n)) for n in places()]
-    round_ = lambda icon, on, role: ui.icon_button(icon, on, 56, role, ui.INK, ui.WHITE, width=112, height=112, radius=56, elevation=8)
+    round_ = lambda icon, on, role: ui.icon_button(icon, on, 56, role, ui.INK, ui.WHITE, width=112, height=112,
+                                                   radius=56, elevation=8)
     tools = ui.column(round_("plus", ("zoom", 1), "zoom in"), round_("minus", ("zoom", -1), "zoom out"),
                       round_("target", ("centre",), "my location"), gap=24, width=112, place=(.97, .96))
     led = _banner(d["going"], self.color) if d["going"]["to"] else None
-    kinds = [ui.chip(k, ("open", "results", k), False, "category chip") for k in ("Cafe", "Restaurant", "Supermarket", "Pharmacy")]
-    find = ui.column(_search_box("Search here", ("open", "search")), ui.row(*kinds, gap=16, pad=(16, 0, 0, 0)), pad=(0, design.EDGE, 16, design.EDGE))
-    whole = with_pins(base, pins, _here_pin(base), tools, led, names=f["zoom"] > 0, free=[(900, 1220, 1080, 1704), *([(0, 0, 1080, 240)] if led else [])])
+    kinds = [ui.chip(k, ("open", "results", k), False, "category chip") for k in ("Cafe", "Restaurant", "Supermarket",
+            "Pharmacy")]
+    find = ui.column(_search_box("Search here", ("open", "search")), ui.row(*kinds, gap=16, pad=(16, 0, 0, 0)),
+                     pad=(0, design.EDGE, 16, design.EDGE))
+    whole = with_pins(base, pins, _here_pin(base), tools, led, names=f["zoom"] > 0,
+                      free=[(900, 1220, 1080, 1704), *([(0, 0, 1080, 240)] if led else [])])
     return design.Page("Maps", [find, whole], (("grid", ("open", "layers"), "layers button"),), still=True)
 
 def _banner(going, color):
     words = ui.text(f"To {going['to']}, {BY[going['by']]}", design.SMALL, ui.WHITE, lines=2, width="fill")
-    return ui.row(words, ui.button("Stop", ("stop",), "tonal", color, role="stop button"), bg=color, radius=40, pad=(20, 32), gap=24,
+    return ui.row(words, ui.button("Stop", ("stop",), "tonal", color, role="stop button"), bg=color, radius=40,
+                  pad=(20, 32), gap=24,
                   width=984, place=(.02, .5))
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-020
+# %% ../../nbs/phone/34h_maps.ipynb #34h-022
 @patch
 def on_zoom(self:Maps, state, ep, by):
     return self.on_choose(state, ep, "zoom", min(len(ZOOMS) - 1, max(0, state["fields"]["zoom"] + by)))
@@ -243,21 +257,25 @@ def swiped(self:Maps, state, direction):
     return self.on_choose(state, None, "at", [min(900, max(100, x + dx)), min(900, max(100, y + dy))])
 
 @patch
-def on_stop(self:Maps, state, ep): return self.to(stored(state, going={"to": "", "by": ""}), state["stack"][:1], opens=False)
+def on_stop(self:Maps, state, ep):
+    return self.to(stored(state, going={"to": "", "by": ""}), state["stack"][:1], opens=False)
 
 @patch
 def page_layers(self:Maps, state, ep):
     rows = [("Traffic", "traffic", "How freely cars move"), ("Satellite", "satellite", "The town from above")]
-    return design.Page("Layers", [design.switch_row(t, state["data"][k], ("flip", k), self.color, sub) for t, k, sub in rows])
+    return design.Page("Layers", [design.switch_row(t, state["data"][k], ("flip", k), self.color, sub) for t, k,
+                                  sub in rows])
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-023
 @patch
 def on_flip(self:Maps, state, ep, key): return stored(state, **{key: not state["data"][key]})
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-022
+# %% ../../nbs/phone/34h_maps.ipynb #34h-025
 @patch
 def on_open(self:Maps, state, ep, page, *of):
     state = super(Maps, self).on_open(state, ep, page, *of)
-    if page == "place": state = self.on_choose(state, ep, "seen", [of[0], *[n for n in state["fields"]["seen"] if n != of[0]]][:4])
+    if page == "place":
+        state = self.on_choose(state, ep, "seen", [of[0], *[n for n in state["fields"]["seen"] if n != of[0]]][:4])
     focus = {"search": "find", "from": "from", "set": "address"}.get(page)
     return {**state, "focus": focus} if focus else state
 
@@ -277,7 +295,7 @@ def _place_row(name, on, trail=None): # a line of a list of places
     away = f"{length(town.metres(HERE, address_in(name)))} away"
     return design.list_row(name, on, f"{p.stars} stars, {away}" if p else away, ui.icon(icon, 60, color), trail)
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-023
+# %% ../../nbs/phone/34h_maps.ipynb #34h-026
 @patch
 def fields_search(self:Maps, state, ep): return {"find": ""}
 
@@ -287,12 +305,14 @@ def page_search(self:Maps, state, ep):
     rows = [_place_row(n, ("open", "place", n)) for n in matches(f["find"])]
     if not f["find"].strip():
         drop = lambda r: ui.icon_button("close", ("forget", r["id"]), 44, f"remove {r['name']}", ui.MUTED)
-        fixed = [design.list_row(k.capitalize(), ("open", "place", d[k]), d[k], i) for k, i in (("home", "home"), ("work", "bag"))]
+        fixed = [design.list_row(k.capitalize(), ("open", "place", d[k]), d[k], i) for k,
+                 i in (("home", "home"), ("work", "bag"))]
         seen = [n for n in f["seen"] if n not in {d["home"], d["work"], *(r["name"] for r in d["recents"])}]
         late = [design.list_row(n, ("open", "place", n), "Seen just now", "clock") for n in seen]
         late += [design.list_row(r["name"], ("open", "place", r["name"]), "", "clock", drop(r)) for r in d["recents"]]
         rows = [*fixed, design.section("Recent", self.color) if late else None, *late]
-    return design.Page("Search", [design.search_field(state, "find", "Place or address"), *(rows or [design.empty("Nothing found", "search")])])
+    return design.Page("Search", [design.search_field(state, "find", "Place or address"),
+                                  *(rows or [design.empty("Nothing found", "search")])])
 
 @patch
 def on_submit(self:Maps, state, ep, field):
@@ -300,6 +320,7 @@ def on_submit(self:Maps, state, ep, field):
     if field == "find" and len(found) == 1: return self.on_open(state, ep, "place", found[0])
     return super(Maps, self).on_submit(state, ep, field)
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-027
 @patch
 def on_forget(self:Maps, state, ep, id): return removed(state, "recents", id)
 
@@ -310,28 +331,33 @@ def asked_find(self:Maps, state, ep, address):
     form = self.jump(state, ep, "search")
     return {**form, "fields": {**form["fields"], "find": address}}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-024
+# %% ../../nbs/phone/34h_maps.ipynb #34h-028
 @patch
 def page_results(self:Maps, state, ep, kind):
-    names = sorted((n for n, p in places().items() if p.kind == kind), key=lambda n: town.metres(HERE, places()[n].address))
+    names = sorted((n for n, p in places().items() if p.kind == kind), key=lambda n: town.metres(HERE,
+            places()[n].address))
     base = map_node((500, 500), .9, 640, self.style(state["data"]))
     note = lambda n: f"{places()[n].stars} stars, {length(town.metres(HERE, places()[n].address))} away"
     lead = ui.icon(PLACE_KINDS[kind][0], 60, PLACE_KINDS[kind][1])
     rows = [design.list_row(n, ("open", "place", n), f"{note(n)}. {hours_note(places()[n])}", lead) for n in names]
     return design.Page(kind, [with_pins(base, [place_pin(n) for n in names], _here_pin(base)), *rows])
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-026
+# %% ../../nbs/phone/34h_maps.ipynb #34h-030
 @patch
 def page_place(self:Maps, state, ep, name):
     p, address = places().get(name), address_in(name)
     spot = locate(address)
     base = map_node((spot.x, spot.y), 2, 560, self.style(state["data"]), spot.town)
     lists = ", ".join(r["list"] for r in state["data"]["saved"] if r["name"] == name)
-    buttons = [ui.button("Directions", ("open", "route", name), color=self.color, icon="right", role="directions button"),
-               ui.button("Saved" if lists else "Save", ("ask", "save", name), "tonal", self.color, "bookmark", role="save button")]
-    rate = ui.row(ui.text(f"{p.stars}", design.BODY, bold=True), ui.stars(p.stars), ui.text(f"({p.votes})", design.SMALL, ui.MUTED),
+    buttons = [ui.button("Directions", ("open", "route", name), color=self.color, icon="right",
+                         role="directions button"),
+               ui.button("Saved" if lists else "Save", ("ask", "save", name), "tonal", self.color, "bookmark",
+                         role="save button")]
+    rate = ui.row(ui.text(f"{p.stars}", design.BODY, bold=True), ui.stars(p.stars),
+                  ui.text(f"({p.votes})", design.SMALL, ui.MUTED),
                   ui.text(p.kind, design.SMALL, ui.MUTED), gap=20) if p else None
-    away = ui.text(f"{length(town.metres(HERE, address))} away, {duration(town.minutes(HERE, address, 'car'))} by car", design.SMALL, ui.MUTED)
+    away = ui.text(f"{length(town.metres(HERE, address))} away, {duration(town.minutes(HERE, address, 'car'))} by car",
+                   design.SMALL, ui.MUTED)
     head = ui.column(rate, away, ui.row(*buttons, gap=24, pad=(20, 0)), gap=12, pad=(32, design.EDGE, 0, design.EDGE))
     facts = [design.list_row(address, None, "Address", "map"),
              design.list_row(hours_note(p), None, "Opening hours", "clock") if p else None,
@@ -339,10 +365,12 @@ def page_place(self:Maps, state, ep, name):
              design.list_row("Saved in " + lists, None, lead="bookmark") if lists else None]
     return design.Page(name, [with_pins(base, [place_pin(name)], _here_pin(base)), head, *facts])
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-031
 @patch
 def ask_save(self:Maps, state, ep, name):
     held = [r["list"] for r in state["data"]["saved"] if r["name"] == name]
-    line = lambda l: design.list_row(l, ("save", name, l), "", "bookmark", ui.icon("check", 52, self.color, desc="saved") if l in held else None, "option")
+    line = lambda l: design.list_row(l, ("save", name, l), "", "bookmark", ui.icon("check", 52, self.color,
+            desc="saved") if l in held else None, "option")
     return design.dialog("Save in a list", *map(line, LISTS), buttons=[("Cancel", ("dismiss",))], color=self.color)
 
 @patch
@@ -350,7 +378,7 @@ def on_save(self:Maps, state, ep, name, list):
     held = next((r["id"] for r in state["data"]["saved"] if (r["name"], r["list"]) == (name, list)), None)
     return {**(removed(state, "saved", held) if held else added(state, "saved", name=name, list=list)), "ask": None}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-028
+# %% ../../nbs/phone/34h_maps.ipynb #34h-033
 def instructions(
     legs,      # of a way
 ) -> list:     # of (what to do, icon, metres)
@@ -374,6 +402,7 @@ def fitting(
     zoom = min(900 / max(60, max(xs) - min(xs)), (height - 200) / max(60, max(ys) - min(ys)), 2.4)
     return ((min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2), round(zoom, 2)
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-034
 @patch
 def route_map(self:Maps, state, name, height, start=""):
     legs = town.way(address_in(start) or HERE, address_in(name))
@@ -382,27 +411,37 @@ def route_map(self:Maps, state, name, height, start=""):
     base = map_node(middle, zoom, height, self.style(state["data"]), locate(address_in(name)).town, line)
     return with_pins(base, [place_pin(name)], _here_pin(base))
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-029
+# %% ../../nbs/phone/34h_maps.ipynb #34h-035
 @patch
 def fields_route(self:Maps, state, ep, name): return {"by": "car", "start": ""}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-036
 @patch
 def page_route(self:Maps, state, ep, name):
     f, end = state["fields"], address_in(name)
     start = address_in(f["start"]) or HERE
     chip = lambda by, icon: ui.row(ui.icon(icon, 52, ui.BLUE if by == f["by"] else ui.INK),
-                                   ui.text(duration(town.minutes(start, end, by)), design.SMALL, ui.BLUE if by == f["by"] else ui.INK),
-                                   on=("choose", "by", by), role=f"{by} chip", gap=16, width="wrap", pad=(16, 28), radius=24,
-                                   bg="#d3e3fd" if by == f["by"] else ui.WHITE, border=(4, ui.BLUE if by == f["by"] else ui.LINE))
-    modes = ui.row(*[chip(by, i) for by, i in (("car", "car"), ("foot", "walk"), ("transit", "bus"))], gap=16, pad=(12, design.EDGE))
-    total = ui.text(f"{duration(town.minutes(start, end, f['by']))} ({length(town.metres(start, end))})", design.HEAD, bold=True, width="fill")
-    go_ = ui.button("Start", ("start", name), color=self.color, icon="send", role="start button") if not f["start"] else None
-    head = [design.list_row(f["start"] or "Your location", ("open", "from"), "From", "user", ui.icon("edit", 44, ui.MUTED)),
+                                   ui.text(duration(town.minutes(start, end, by)), design.SMALL,
+                                           ui.BLUE if by == f["by"] else ui.INK),
+                                   on=("choose", "by", by), role=f"{by} chip", gap=16, width="wrap", pad=(16, 28),
+                                   radius=24,
+                                   bg="#d3e3fd" if by == f["by"] else ui.WHITE,
+                                   border=(4, ui.BLUE if by == f["by"] else ui.LINE))
+    modes = ui.row(*[chip(by, i) for by, i in (("car", "car"), ("foot", "walk"), ("transit", "bus"))], gap=16,
+                   pad=(12, design.EDGE))
+    total = ui.text(f"{duration(town.minutes(start, end, f['by']))} ({length(town.metres(start, end))})", design.HEAD,
+                    bold=True, width="fill")
+    go_ = ui.button("Start", ("start", name), color=self.color, icon="send",
+                    role="start button") if not f["start"] else None
+    head = [design.list_row(f["start"] or "Your location", ("open", "from"), "From", "user",
+                            ui.icon("edit", 44, ui.MUTED)),
             design.list_row(name, None, "To", "flag")]
     steps = [design.list_row(t, None, length(m), i) for t, i, m in instructions(town.way(start, end))]
-    body = [*head, modes, self.route_map(state, name, 640, f["start"]), ui.row(total, go_, pad=(28, design.EDGE)), *steps]
+    body = [*head, modes, self.route_map(state, name, 640, f["start"]), ui.row(total, go_, pad=(28, design.EDGE)),
+            *steps]
     return design.Page("Directions", [*body, design.list_row(name, None, "You are there", "flag")])
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-037
 @patch
 def fields_from(self:Maps, state, ep): return {"from": ""}
 
@@ -415,7 +454,7 @@ def page_from(self:Maps, state, ep):
 @patch
 def on_begin(self:Maps, state, ep, name): return self.on_choose(self.closed(state), ep, "start", name)
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-030
+# %% ../../nbs/phone/34h_maps.ipynb #34h-038
 @patch
 def on_start(self:Maps, state, ep, name):
     return self.on_open(stored(state, going={"to": name, "by": state["fields"]["by"]}), ep, "drive")
@@ -426,27 +465,33 @@ def page_drive(self:Maps, state, ep):
     if not going["to"]: return design.Page("Maps", [design.empty("You have arrived", "flag")])
     end = address_in(going["to"])
     text, icon, metres = instructions(town.way(HERE, end))[0]
-    words = ui.column(ui.text(text, design.HEAD, ui.WHITE, bold=True, lines=2), ui.text(f"for {length(metres)}", design.SMALL, ui.WHITE), gap=8)
+    words = ui.column(ui.text(text, design.HEAD, ui.WHITE, bold=True, lines=2),
+                      ui.text(f"for {length(metres)}", design.SMALL, ui.WHITE), gap=8)
     sign = ui.row(ui.icon(icon, 96, ui.WHITE), words, bg=self.color, pad=(36, design.EDGE), gap=36)
     left = ui.column(ui.text(duration(town.minutes(HERE, end, going["by"])), design.TITLE, self.color, bold=True),
-                     ui.text(f"{length(town.metres(HERE, end))} to {going['to']}", design.SMALL, ui.MUTED, lines=2), gap=8, width="fill")
-    foot = ui.row(left, ui.button("Stop", ("stop",), color=ui.RED, role="stop button"), pad=(36, design.EDGE), gap=24, bg=ui.PAPER)
+                     ui.text(f"{length(town.metres(HERE, end))} to {going['to']}", design.SMALL, ui.MUTED, lines=2),
+                     gap=8, width="fill")
+    foot = ui.row(left, ui.button("Stop", ("stop",), color=ui.RED, role="stop button"), pad=(36, design.EDGE), gap=24,
+                  bg=ui.PAPER)
     return design.Page("Navigation", [sign, self.route_map(state, going["to"], 1672)], foot=foot, still=True)
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-032
+# %% ../../nbs/phone/34h_maps.ipynb #34h-040
 @patch
 def page_saved(self:Maps, state, ep):
     d = state["data"]
     edit = lambda k: ui.icon_button("edit", ("open", "set", k), 48, f"edit {k}", ui.MUTED)
-    fixed = [design.list_row(k.capitalize(), ("open", "place", d[k]), d[k], i, edit(k)) for k, i in (("home", "home"), ("work", "bag"))]
+    fixed = [design.list_row(k.capitalize(), ("open", "place", d[k]), d[k], i, edit(k)) for k,
+             i in (("home", "home"), ("work", "bag"))]
     count = lambda l: sum(r["list"] == l for r in d["saved"])
-    rows = [design.list_row(l, ("open", "list", l), f"{count(l)} place{'s' * (count(l) != 1)}", "bookmark", ui.icon("right", 48, ui.MUTED)) for l in LISTS]
+    rows = [design.list_row(l, ("open", "list", l), f"{count(l)} place{'s' * (count(l) != 1)}", "bookmark",
+                            ui.icon("right", 48, ui.MUTED)) for l in LISTS]
     return design.Page("Saved", [*fixed, design.section("Lists", self.color), *rows])
 
 @patch
 def page_list(self:Maps, state, ep, list):
     drop = lambda r: ui.icon_button("close", ("drop", r["id"]), 44, f"remove {r['name']}", ui.MUTED)
-    rows = [_place_row(r["name"], ("open", "place", r["name"]), drop(r)) for r in state["data"]["saved"] if r["list"] == list]
+    rows = [_place_row(r["name"], ("open", "place", r["name"]),
+                       drop(r)) for r in state["data"]["saved"] if r["list"] == list]
     return design.Page(list, rows or [design.empty("Nothing saved here", "bookmark")])
 
 @patch
@@ -455,6 +500,7 @@ def on_drop(self:Maps, state, ep, id): return removed(state, "saved", id)
 @patch
 def fields_set(self:Maps, state, ep, which): return {"address": ""}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-041
 @patch
 def page_set(self:Maps, state, ep, which):
     rows = [_place_row(n, ("set", which, n)) for n in matches(state["fields"]["address"])]
@@ -463,7 +509,7 @@ def page_set(self:Maps, state, ep, which):
 @patch
 def on_set(self:Maps, state, ep, which, name): return self.closed(stored(state, **{which: name}))
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-038
+# %% ../../nbs/phone/34h_maps.ipynb #34h-047
 def to_place(
     phone,      # a `SimPhone`, now
     name: str,  # of a place, or an address
@@ -473,7 +519,8 @@ def to_place(
     own = phone.now["apps"].get("maps")
     if own and phone.now["app"] == "maps":
         second = own["stack"][1:2]
-        if second and (second[0]["page"], second[0]["of"]) == ("place", [name]): return go(phone, "maps", ("place", name), *pages)
+        if second and (second[0]["page"], second[0]["of"]) == ("place", [name]):
+            return go(phone, "maps", ("place", name), *pages)
         if own["stack"][-1]["page"] == "search" and own["stack"][0]["page"] == "explore":
             if move := fill(phone, "find", name): return move
     return go(phone, "maps", "search", ("place", name), *pages)
@@ -486,7 +533,7 @@ def another(
     names = list(among or places())
     return names[(names.index(name) + 1) % len(names)]
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-039
+# %% ../../nbs/phone/34h_maps.ipynb #34h-048
 @template("find a place on the map", "maps")
 class FindPlace(Template):
     goals = ("Find {place} on the map", "Show me where {place} is", "Open the page of {place} in maps")
@@ -494,21 +541,28 @@ class FindPlace(Template):
     def fill(self, rng, data): return {"place": rng.choice(list(places()))}
     def shown(self, phone, f): return showing(phone, "maps", "place", f.place)
     def moves(self, phone, f): return None if self.shown(phone, f) else to_place(phone, f.place)
-    def misses(self, data, f): return {"another place": {"place": another(f.place)}, "its directions": lambda phone, f: to_place(phone, f.place, ("route", f.place))}
+    def misses(self, data, f):
+        return {"another place": {"place": another(f.place)}, "its directions": lambda phone,
+                f: to_place(phone, f.place, ("route", f.place))}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-050
 @template("show directions", "maps", level=2)
 class Directions(Template):
-    goals = ("Show directions to {place} {by}", "How do I get to {place} {by}?", "Give me the way to {place} {by} in maps")
+    goals = ("Show directions to {place} {by}", "How do I get to {place} {by}?",
+             "Give me the way to {place} {by} in maps")
     held_out = ("I want to go to {place} {by}: show the way",)
     def fill(self, rng, data): return {"place": rng.choice(list(places())), "by": rng.choice(list(BY.values()))}
     def mode(self, f): return next(k for k, v in BY.items() if v == f.by)
-    def shown(self, phone, f): return showing(phone, "maps", "route", f.place) and phone.now["apps"]["maps"]["fields"]["by"] == self.mode(f)
+    def shown(self, phone, f):
+        return showing(phone, "maps", "route", f.place) and phone.now["apps"]["maps"]["fields"]["by"] == self.mode(f)
     def moves(self, phone, f):
         if self.shown(phone, f): return None
         return to_place(phone, f.place, ("route", f.place)) or tap(phone, ("choose", "by", self.mode(f)))
-    def misses(self, data, f): return {"another place": {"place": another(f.place)}, "otherwise": {"by": next(b for b in BY.values() if b != f.by)}}
+    def misses(self, data, f):
+        return {"another place": {"place": another(f.place)},
+                "otherwise": {"by": next(b for b in BY.values() if b != f.by)}}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-040
+# %% ../../nbs/phone/34h_maps.ipynb #34h-052
 @template("navigate to a place", "maps", level=2)
 class Navigate(Template):
     goals = ("Navigate to {place} {by}", "Start navigation to {place} {by}", "Guide me to {place} {by}")
@@ -516,39 +570,50 @@ class Navigate(Template):
     def fill(self, rng, data): return Directions().fill(rng, data)
     def wanted(self, data, f): return [value("maps", "going", {"to": f.place, "by": Directions().mode(f)})]
     def moves(self, phone, f): return Directions().moves(phone, f) or tap(phone, ("start", f.place))
-    def misses(self, data, f): return {"another place": {"place": another(f.place)}, "otherwise": {"by": next(b for b in BY.values() if b != f.by)}}
+    def misses(self, data, f):
+        return {"another place": {"place": another(f.place)},
+                "otherwise": {"by": next(b for b in BY.values() if b != f.by)}}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-054
 @template("navigate to an address", "maps", level=2, horizon=12)
 class NavigateAddress(Template):
-    goals = ("Drive to {address}: start the navigation", "Start navigation by car to {address}", "Guide me to {address} by car")
+    goals = ("Drive to {address}: start the navigation", "Start navigation by car to {address}",
+             "Guide me to {address} by car")
     held_out = ("Take me to {address} by car",)
     def fill(self, rng, data): return {"address": f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}"}
     def place(self, f): return f"{f.address}, {HOME}"
     def wanted(self, data, f): return [value("maps", "going", {"to": self.place(f), "by": "car"})]
-    def moves(self, phone, f): return to_place(phone, self.place(f), ("route", self.place(f))) or tap(phone, ("start", self.place(f)))
+    def moves(self, phone, f):
+        return to_place(phone, self.place(f), ("route", self.place(f))) or tap(phone, ("start", self.place(f)))
     def misses(self, data, f):
         street, _, number = f.address.split()
         return {"next door": {"address": f"{street} Street {int(number) % 60 + 1}"}}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-041
+# %% ../../nbs/phone/34h_maps.ipynb #34h-056
 def unsaved(
     data, # of all apps
 ) -> list: # of names
     "Places that are in no list."
     return [n for n in places() if not look_up(data, "maps", "saved", name=n)]
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-057
 @template("save a place", "maps", level=2)
 class SavePlace(Template):
     goals = ("Save {place} in the list {list}", "Add {place} to {list} in maps", "Put {place} on my list {list}")
     held_out = ("{place} belongs into {list}: save it in maps",)
     def fill(self, rng, data): return {"place": rng.choice(unsaved(data)), "list": rng.choice(LISTS)}
     def wanted(self, data, f): return [new("maps", "saved", name=f.place, list=f.list)]
-    def moves(self, phone, f): return to_place(phone, f.place) or tap(phone, ("ask", "save", f.place), ("save", f.place, f.list))
-    def misses(self, data, f): return {"another place": {"place": another(f.place, unsaved(data))}, "another list": {"list": another(f.list, LISTS)}}
+    def moves(self, phone, f):
+        return to_place(phone, f.place) or tap(phone, ("ask", "save", f.place), ("save", f.place, f.list))
+    def misses(self, data, f):
+        return {"another place": {"place": another(f.place, unsaved(data))}, "another list": {"list": another(f.list,
+                LISTS)}}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-059
 @template("remove a saved place", "maps")
 class DropPlace(Template):
-    goals = ("Remove {place} from the list {list} in maps", "Take {place} off {list} in maps", "{place} shall no longer be in {list}: remove the saved place")
+    goals = ("Remove {place} from the list {list} in maps", "Take {place} off {list} in maps",
+             "{place} shall no longer be in {list}: remove the saved place")
     held_out = ("Delete {place} from my saved places in {list}",)
     def fill(self, rng, data):
         r = rng.choice(data["maps"]["saved"])
@@ -561,40 +626,54 @@ class DropPlace(Template):
         r = next(r for r in data["maps"]["saved"] if r["id"] != f.id)
         return {"another place": {"id": r["id"], "list": r["list"]}}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-042
+# %% ../../nbs/phone/34h_maps.ipynb #34h-061
 @template("set home or work", "maps", level=2)
 class SetHome(Template):
-    goals = ("Set my {which} address to {address} in maps", "In maps, {which} is now {address}: change it", "Change the address of {which} in maps to {address}")
+    goals = ("Set my {which} address to {address} in maps", "In maps, {which} is now {address}: change it",
+             "Change the address of {which} in maps to {address}")
     held_out = ("I moved: {which} is at {address}; tell maps",)
-    def fill(self, rng, data): return {"which": rng.choice(("home", "work")), "address": f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}"}
+    def fill(self, rng, data):
+        return {"which": rng.choice(("home", "work")),
+                "address": f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}"}
     def wanted(self, data, f): return [value("maps", f.which, f"{f.address}, {HOME}")]
     def moves(self, phone, f):
         if move := go(phone, "maps", "saved", ("set", f.which)): return move
         return fill(phone, "address", f.address) or tap(phone, ("set", f.which, f"{f.address}, {HOME}"))
-    def misses(self, data, f): return {"the other one": {"which": "work" if f.which == "home" else "home"}, **NavigateAddress().misses(data, f)}
+    def misses(self, data, f):
+        return {"the other one": {"which": "work" if f.which == "home" else "home"},
+                **NavigateAddress().misses(data, f)}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-063
 @template("stop the navigation", "maps", horizon=10)
 class StopGoing(Template):
-    goals = ("Stop the navigation to {place}", "I am no longer going to {place}: end the navigation", "Cancel the navigation to {place} in maps")
+    goals = ("Stop the navigation to {place}", "I am no longer going to {place}: end the navigation",
+             "Cancel the navigation to {place} in maps")
     held_out = ("Maps need not lead me to {place} any more",)
     def setup(self, data, f): return {"maps": {**data["maps"], "going": {"to": f.place, "by": f.by}}}
     def fill(self, rng, data): return {"place": rng.choice(list(places())), "by": rng.choice(list(BY))}
     def wanted(self, data, f): return [value("maps", "going", {"to": "", "by": ""})]
     def moves(self, phone, f): return go(phone, "maps") or tap(phone, ("stop",))
-    def misses(self, data, f): return {"there another way": lambda phone, f: go(phone, "maps", "search", ("place", data["maps"]["home"]), ("route", data["maps"]["home"])) or tap(phone, ("start", data["maps"]["home"]))}
+    def misses(self, data, f):
+        return {"there another way": lambda phone, f: go(phone, "maps", "search", ("place", data["maps"]["home"]),
+                                                         ("route", data["maps"]["home"])) or tap(phone,
+                                                         ("start", data["maps"]["home"]))}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-065
 @template("forget a recent place", "maps", horizon=10, unseen=True)
 class Forget(Template):
-    goals = ("Remove {place} from the recent places in maps", "Delete {place} from what I lately searched in maps", "Take {place} off the recent searches in maps")
+    goals = ("Remove {place} from the recent places in maps", "Delete {place} from what I lately searched in maps",
+             "Take {place} off the recent searches in maps")
     held_out = ("Nobody shall see that I looked for {place} in maps",)
     def fill(self, rng, data):
         r = rng.choice(data["maps"]["recents"])
         return {"place": r["name"], "id": r["id"]}
     def wanted(self, data, f): return [gone("maps", "recents", f.id)]
-    def moves(self, phone, f): return go(phone, "maps", "search") or fill(phone, "find", "") or tap(phone, ("forget", f.id))
-    def misses(self, data, f): return {"another place": {"id": next(r["id"] for r in data["maps"]["recents"] if r["id"] != f.id)}}
+    def moves(self, phone, f):
+        return go(phone, "maps", "search") or fill(phone, "find", "") or tap(phone, ("forget", f.id))
+    def misses(self, data, f):
+        return {"another place": {"id": next(r["id"] for r in data["maps"]["recents"] if r["id"] != f.id)}}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-044
+# %% ../../nbs/phone/34h_maps.ipynb #34h-068
 def rivals(
     kind: str, # of places
 ) -> list:     # of names
@@ -605,33 +684,41 @@ class _SaveBest(Template): # saves what `best` finds
     def best(self, f): raise NotImplementedError
     def fill(self, rng, data):
         kind = rng.choice(list(PLACE_KINDS))
-        return {"kind": kind.lower(), "list": rng.choice(LISTS)} if not any(look_up(data, "maps", "saved", name=n) for n in rivals(kind)) else None
+        return {"kind": kind.lower(), "list": rng.choice(LISTS)} if not any(look_up(data, "maps", "saved",
+                name=n) for n in rivals(kind)) else None
     def wanted(self, data, f): return [new("maps", "saved", name=self.best(f), list=f.list)]
     def moves(self, phone, f):
         own, best = phone.now["apps"].get("maps"), self.best(f)
-        if own and own["stack"][-1]["page"] == "search" and phone.now["app"] == "maps": # the kind is searched for, to compare
+        if own and own["stack"][-1]["page"] == "search" and phone.now["app"] == "maps":
+            # the kind is searched for, to compare
             if move := fill(phone, "find", f.kind): return move
         return go(phone, "maps", "search", ("place", best)) or tap(phone, ("ask", "save", best), ("save", best, f.list))
     def misses(self, data, f):
         other = another(self.best(f), rivals(f.kind.capitalize()))
         return {"another one": lambda phone, f: SavePlace().moves(phone, type(f)(place=other, list=f.list))}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-069
 @template("save the best rated", "maps", level=3, horizon=14)
 class SaveBest(_SaveBest):
-    goals = ("Save the best rated {kind} of the town in {list}", "Which {kind} has the most stars? Put it into {list}", "Add the {kind} with the best rating to {list} in maps")
+    goals = ("Save the best rated {kind} of the town in {list}", "Which {kind} has the most stars? Put it into {list}",
+             "Add the {kind} with the best rating to {list} in maps")
     held_out = ("I want the {kind} that people like best in {list}",)
     def best(self, f): return max(rivals(f.kind.capitalize()), key=lambda n: places()[n].stars)
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-071
 @template("save the nearest", "maps", level=3, horizon=14, unseen=True)
 class SaveNearest(_SaveBest):
-    goals = ("Save the {kind} nearest to me in {list}", "Which {kind} is closest to here? Put it into {list}", "Add the {kind} that is least far away to {list} in maps")
+    goals = ("Save the {kind} nearest to me in {list}", "Which {kind} is closest to here? Put it into {list}",
+             "Add the {kind} that is least far away to {list} in maps")
     held_out = ("The {kind} next to where I am should be in {list}",)
     def best(self, f): return min(rivals(f.kind.capitalize()), key=lambda n: town.metres(HERE, places()[n].address))
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-045
+# %% ../../nbs/phone/34h_maps.ipynb #34h-073
 @template("navigate to what is open", "maps", level=3, horizon=14)
 class OpenNow(Template):
-    goals = ("Navigate {by} to a {kind} that is open now", "Find a {kind} that is open now and start the navigation {by}", "Guide me {by} to the {kind} that has opened already")
+    goals = ("Navigate {by} to a {kind} that is open now",
+             "Find a {kind} that is open now and start the navigation {by}",
+             "Guide me {by} to the {kind} that has opened already")
     held_out = ("I need a {kind} right now: lead me {by} to one that is not closed",)
     def fill(self, rng, data):
         kinds = [k for k in PLACE_KINDS if sum(is_open(places()[n]) for n in rivals(k)) == 1]
@@ -641,12 +728,15 @@ class OpenNow(Template):
     def moves(self, phone, f): return Navigate().moves(phone, type(f)(place=self.place(f), by=f.by))
     def misses(self, data, f):
         shut = another(self.place(f), rivals(f.kind.capitalize()))
-        return {"a closed one": lambda phone, f: Navigate().moves(phone, type(f)(place=shut, by=f.by)) if phone.data["maps"]["going"]["to"] != shut else None}
+        return {"a closed one": lambda phone, f: Navigate().moves(phone, type(f)(place=shut,
+                by=f.by)) if phone.data["maps"]["going"]["to"] != shut else None}
 
-# %% ../../nbs/phone/34h_maps.ipynb #34h-047
+# %% ../../nbs/phone/34h_maps.ipynb #34h-076
 @template("navigate to an event", "calendar", "maps", level=3, horizon=15)
 class ToEvent(Template):
-    goals = ("Navigate {by} to the place of {title} {when}", "Look up in the calendar where {title} is {when} and start the navigation {by}", "Guide me {by} to where {title} takes place {when}")
+    goals = ("Navigate {by} to the place of {title} {when}",
+             "Look up in the calendar where {title} is {when} and start the navigation {by}",
+             "Guide me {by} to where {title} takes place {when}")
     held_out = ("Lead me {by} to {title}; the calendar knows where it is {when}",)
     def fill(self, rng, data):
         e = some_event(rng, data, lambda e: e["place"] in places() and e["day"] < 17)
@@ -661,23 +751,26 @@ class ToEvent(Template):
         return Navigate().moves(phone, type(f)(place=place, by=f.by))
     def misses(self, data, f):
         wrong = another(self.place(data, f))
-        return {"another place": lambda phone, f: Navigate().moves(phone, type(f)(place=wrong, by=f.by)) if phone.data["maps"]["going"]["to"] != wrong else None,
+        return {"another place": lambda phone, f: Navigate().moves(phone, type(f)(place=wrong,
+                by=f.by)) if phone.data["maps"]["going"]["to"] != wrong else None,
                 "otherwise": {"by": next(b for b in BY.values() if b != f.by)}}
 
+# %% ../../nbs/phone/34h_maps.ipynb #34h-078
 @template("write an address into an event", "maps", "calendar", level=3, horizon=15)
 class AddressInto(Template):
-    goals = ("{title} today is at {place}: put its address into the event as the place", "Look up the address of {place} and set it as the place of {title} today",
+    goals = ("{title} today is at {place}: put its address into the event as the place",
+             "Look up the address of {place} and set it as the place of {title} today",
              "Set the place of today's event {title} to the address of {place}")
     held_out = ("Today's {title} takes place at {place}; write the street and number of it into the calendar",)
     def fill(self, rng, data):
         e = some_event(rng, data, lambda e: e["day"] == 0)
         return {**e, "place": rng.choice(list(places()))} if e else None
     def address(self, f): return places()[f.place].address
-    def written(self, f): return self.address(f).split(",")[0]
     def wanted(self, data, f): return [changed("calendar", "events", f.id, place=self.address(f))]
     def moves(self, phone, f):
         maps = phone.now["apps"].get("maps")
         if not maps or f.place not in maps["fields"]["seen"]: return to_place(phone, f.place)
         return compose(phone, event_of(phone.data, f), place=self.address(f))
     def misses(self, data, f):
-        return {"its name": lambda phone, f: compose(phone, event_of(phone.data, f), place=f.place), "another address": {"place": another(f.place)}}
+        return {"its name": lambda phone, f: compose(phone, event_of(phone.data, f), place=f.place),
+                "another address": {"place": another(f.place)}}

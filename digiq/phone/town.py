@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ..core import derive_seed
 from . import ui
-from .everyday import NOW, STREETS, TOWNS, address_of, clock_time, phone_of
+from .everyday import NOW, STREETS, TOWNS, clock_time
 
 # %% ../../nbs/phone/31b_town.ipynb #31b-006
 HOME, UNIT, REGION = "Amberly", 5, 90_000  # where the owner lives; metres of a unit; width of the land around, m
@@ -105,7 +105,8 @@ def _turns(a, b): # the streets from one spot to another in a town
     if a.street == b.street: return [a.street]
     if across(a.street) != across(b.street): return [a.street, b.street]
     between = [s for s in streets(a.town) if across(s) != across(a.street)]
-    return [a.street, min(between, key=lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street, s)) - (a.u + b.u) / 2)), b.street]
+    return [a.street, min(between, key=lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street,
+            s)) - (a.u + b.u) / 2)), b.street]
 
 def _meet(town, a, b): return crossing(town, *((a, b) if streets(town)[a][0] else (b, a)))
 
@@ -167,25 +168,36 @@ def length(
     metres: int, # of a way
 ) -> str:        # "650 m", "3.2 km"
     "A distance as the phone writes it."
-    return f"{max(10, round(metres, -1))} m" if metres < 1000 else f"{metres / 1000:.1f} km" if metres < 20_000 else f"{metres // 1000} km"
+    if metres < 1000: return f"{max(10, round(metres, -1))} m"
+    return f"{metres / 1000:.1f} km" if metres < 20_000 else f"{metres // 1000} km"
 
 def duration(
     minutes: int, # of a way
 ) -> str:         # "25 min", "1 h 10 min"
     "A time that something takes as the phone writes it."
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+    hours, rest = divmod(minutes, 60)
+    return " ".join([f"{hours} h"] * bool(hours) + [f"{rest} min"] * bool(rest or not hours))
 
 # %% ../../nbs/phone/31b_town.ipynb #31b-024
 ui.ICONS |= {
-    "cup": "p 4 8 16 8 15 19 5 19;l 16 10 20 10 20 15 15 15;l 8 2 8 5;l 12 2 12 5", "fork": "l 7 2 7 22;l 4 2 4 8 10 8 10 2;p 15 2 19 6 19 13 15 13;l 16 13 16 22",
-    "pill": "p 9 3 15 3 15 9 21 9 21 15 15 15 15 21 9 21 9 15 3 15 3 9 9 9", "bag": "p 4 8 20 8 21 21 3 21;a 8 2 16 14 180 360",
-    "column": "p 12 2 22 8 2 8;l 5 9 5 18;l 12 9 12 18;l 19 9 19 18;l 2 21 22 21", "book": "p 3 4 11 6 11 21 3 19;p 13 6 21 4 21 19 13 21",
-    "tooth": "p 5 3 12 5 19 3 21 9 18 14 17 21 14 21 12 15 10 21 7 21 6 14 3 9", "weight": "l 2 9 2 15;l 5 6 5 18;l 5 12 19 12;l 19 6 19 18;l 22 9 22 15",
-    "film": "l 3 4 21 4 21 20 3 20 3 4;p 10 8 16 12 10 16", "bed": "l 3 6 3 20;l 3 16 21 16 21 20;p 6 11 21 11 21 16 6 16;d 5 6 10 11",
-    "tree": "p 12 2 20 12 16 12 21 18 3 18 8 12 4 12;l 12 18 12 22", "fuel": "p 4 3 14 3 14 21 4 21;l 14 10 18 10 18 18 21 18 21 8 18 5", "bread": "p 3 10 6 6 18 6 21 10 19 12 19 19 5 19 5 12"}
+    "cup": "p 4 8 16 8 15 19 5 19;l 16 10 20 10 20 15 15 15;l 8 2 8 5;l 12 2 12 5",
+    "fork": "l 7 2 7 22;l 4 2 4 8 10 8 10 2;p 15 2 19 6 19 13 15 13;l 16 13 16 22",
+    "pill": "p 9 3 15 3 15 9 21 9 21 15 15 15 15 21 9 21 9 15 3 15 3 9 9 9",
+    "bag": "p 4 8 20 8 21 21 3 21;a 8 2 16 14 180 360",
+    "column": "p 12 2 22 8 2 8;l 5 9 5 18;l 12 9 12 18;l 19 9 19 18;l 2 21 22 21",
+    "book": "p 3 4 11 6 11 21 3 19;p 13 6 21 4 21 19 13 21",
+    "tooth": "p 5 3 12 5 19 3 21 9 18 14 17 21 14 21 12 15 10 21 7 21 6 14 3 9",
+    "weight": "l 2 9 2 15;l 5 6 5 18;l 5 12 19 12;l 19 6 19 18;l 22 9 22 15",
+    "film": "l 3 4 21 4 21 20 3 20 3 4;p 10 8 16 12 10 16",
+    "bed": "l 3 6 3 20;l 3 16 21 16 21 20;p 6 11 21 11 21 16 6 16;d 5 6 10 11",
+    "tree": "p 12 2 20 12 16 12 21 18 3 18 8 12 4 12;l 12 18 12 22",
+    "fuel": "p 4 3 14 3 14 21 4 21;l 14 10 18 10 18 18 21 18 21 8 18 5",
+    "bread": "p 3 10 6 6 18 6 21 10 19 12 19 19 5 19 5 12"}
 PLACE_KINDS = {  # kind: icon, colour
-    "Cafe": ("cup", "#a5632a"), "Restaurant": ("fork", "#d35400"), "Bakery": ("bread", "#c08a1e"), "Pharmacy": ("pill", "#c5221f"), "Supermarket": ("bag", "#1a73e8"),
-    "Museum": ("column", "#6d4c9f"), "Library": ("book", "#5d4037"), "Dentist": ("tooth", "#00838f"), "Gym": ("weight", "#3949ab"), "Cinema": ("film", "#8e24aa"),
+    "Cafe": ("cup", "#a5632a"), "Restaurant": ("fork", "#d35400"), "Bakery": ("bread", "#c08a1e"),
+    "Pharmacy": ("pill", "#c5221f"), "Supermarket": ("bag", "#1a73e8"),
+    "Museum": ("column", "#6d4c9f"), "Library": ("book", "#5d4037"), "Dentist": ("tooth", "#00838f"),
+    "Gym": ("weight", "#3949ab"), "Cinema": ("film", "#8e24aa"),
     "Hotel": ("bed", "#ad1457"), "Park": ("tree", "#2e7d32"), "Petrol station": ("fuel", "#455a64")}
 
 # %% ../../nbs/phone/31b_town.ipynb #31b-025
@@ -228,20 +240,22 @@ def places() -> dict: # name: `Place`
             out[name] = Place(name, kind, *map(int, hours.split("-")), float(stars), rng.randrange(20, 900), address)
     return out
 
+# %% ../../nbs/phone/31b_town.ipynb #31b-027
 def _free(rng, taken): # an address with nothing else near
     while True:
         address = f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}, {HOME}"
         spot = locate(address)
-        if 90 < spot.x < 910 and 90 < spot.y < 910 and all(hypot(spot.x - t.x, spot.y - t.y) > 75 for t in taken): return address, spot
+        if 90 < spot.x < 910 and 90 < spot.y < 910 and all(hypot(spot.x - t.x, spot.y - t.y) > 75 for t in taken):
+            return address, spot
 
-# %% ../../nbs/phone/31b_town.ipynb #31b-027
+# %% ../../nbs/phone/31b_town.ipynb #31b-028
 def is_open(
     place: Place, # of `places`
 ) -> bool:        # at 9:41
     "Whether a place is open now."
     return place.opens <= NOW[0] < place.closes
 
-# %% ../../nbs/phone/31b_town.ipynb #31b-028
+# %% ../../nbs/phone/31b_town.ipynb #31b-029
 def hours_note(
     place: Place, # of `places`
 ) -> str:         # "Open until 6 PM"
@@ -249,9 +263,10 @@ def hours_note(
     hour = lambda h: clock_time(h % 24, 0).replace(":00", "")
     if place.closes - place.opens == 24: return "Open 24 hours"
     if is_open(place): return f"Open until {hour(place.closes)}"
-    return f"Closed, opens {hour(place.opens)}" if NOW[0] < place.opens else f"Closed, opened {hour(place.opens)} to {hour(place.closes)}"
+    past = f"opened {hour(place.opens)} to {hour(place.closes)}"
+    return "Closed, " + (f"opens {hour(place.opens)}" if NOW[0] < place.opens else past)
 
-# %% ../../nbs/phone/31b_town.ipynb #31b-029
+# %% ../../nbs/phone/31b_town.ipynb #31b-030
 def address_in(
     name: str,      # of a place, or an address
 ) -> str | None:    # None for what is neither

@@ -37,9 +37,11 @@ class Hour(NamedTuple):
     wind: int    # km/h
     sky: str     # key of `SKIES`
 
-SKIES = {"Sunny": ("sun", "#f0a020"), "Fair": ("cloud", "#8a9bb0"), "Cloudy": ("cloud", "#6b7787"), "Rain": ("rain", "#2f6fb5"), "Storm": ("storm", "#51459e")}
+SKIES = {"Sunny": ("sun", "#f0a020"), "Fair": ("cloud", "#8a9bb0"), "Cloudy": ("cloud", "#6b7787"),
+         "Rain": ("rain", "#2f6fb5"), "Storm": ("storm", "#51459e")}
 DAYS = 7 # that are forecast, today included
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-007
 @lru_cache(2048)
 def forecast(
     town: str, # one of `TOWNS`
@@ -49,23 +51,27 @@ def forecast(
     rng, out = random.Random(derive_seed("weather", town, sky)), []
     mean = rng.randrange(6, 24)
     for _ in range(DAYS):
-        mean, swing, wet, wind = mean + rng.randrange(-3, 4), rng.uniform(2, 6), rng.random() ** 1.5, rng.randrange(4, 40)
+        mean, swing, wet, wind = mean + rng.randrange(-3, 4), rng.uniform(2, 6), rng.random() ** 1.5, rng.randrange(4,
+                40)
         rains = [min(95, round(100 * wet * rng.uniform(.3, 1.2) / 5) * 5) for _ in range(8)]
         degrees = [round(mean + swing * cos(2 * pi * (h - 15) / 24)) for h in range(24)]
         winds = [max(2, wind + rng.randrange(-5, 6)) for _ in range(24)]
         out.append(tuple(Hour(degrees[h], rains[h // 3], winds[h], _sky(rains[h // 3], winds[h])) for h in range(24)))
     return tuple(out)
 
-def _sky(rain, wind): return ("Storm" if wind > 30 else "Rain") if rain >= 55 else "Cloudy" if rain >= 35 else "Fair" if rain >= 15 else "Sunny"
+def _sky(rain, wind):
+    if rain >= 55: return "Storm" if wind > 30 else "Rain"
+    return "Cloudy" if rain >= 35 else "Fair" if rain >= 15 else "Sunny"
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-007
+# %% ../../nbs/phone/34i_weather.ipynb #34i-008
 def of_day(
     hours, # the 24 of a day
 ) -> tuple: # (lowest, highest degrees, largest chance of rain, mean wind, sky at the wettest hour of the day)
     "A day in short."
     light = hours[7:21]
     wet = max(light, key=lambda h: h.rain)
-    return min(h.degrees for h in hours), max(h.degrees for h in hours), wet.rain, round(sum(h.wind for h in hours) / 24), wet.sky
+    return min(h.degrees for h in hours), max(h.degrees for h in hours), wet.rain, round(sum(h.wind
+            for h in hours) / 24), wet.sky
 
 def degrees(
     celsius: int,
@@ -83,7 +89,7 @@ def speed(
     "A speed of wind as the phone writes it."
     return f"{round(kmh * SPEEDS[unit])} {unit}"
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-010
+# %% ../../nbs/phone/34i_weather.ipynb #34i-011
 UNITS = {"temperature": ("Celsius", "Fahrenheit"), "wind": tuple(SPEEDS)}
 NOTICES = {"morning": "Morning forecast", "warnings": "Storm warnings", "umbrella": "Umbrella reminder"}
 
@@ -101,7 +107,8 @@ def weather_of(
     "The forecast that a phone shows."
     return forecast(town, data["sky"])
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-013
+# %% ../../nbs/phone/34i_weather.ipynb #34i-014
+def _between(low, high, data): return f"{degrees(low, data['temperature'])} to {degrees(high, data['temperature'])}"
 def _symbol(sky, size): return ui.icon(SKIES[sky][0], size, SKIES[sky][1], desc=sky)
 
 @patch
@@ -110,14 +117,16 @@ def page_home(self:Weather, state, ep):
     for i, town in enumerate(d["places"]):
         week = weather_of(d, town)
         now, (low, high, rain, *_) = week[0][NOW[0]], of_day(week[0])
-        words = ui.column(ui.text(town, design.HEAD, bold=True), ui.text("Here" if town == HOME else now.sky, design.SMALL, ui.MUTED),
-                          ui.text(f"{degrees(low, d['temperature'])} to {degrees(high, d['temperature'])}, rain {rain}%", design.SMALL, ui.MUTED), gap=8)
+        notes = now.sky + ", here" * (town == HOME), f"{_between(low, high, d)}, rain {rain}%"
+        words = ui.column(ui.text(town, design.HEAD, bold=True), *[ui.text(n, design.SMALL, ui.MUTED) for n in notes],
+                          gap=8)
         row = ui.row(words, _symbol(now.sky, 100), ui.text(degrees(now.degrees, d["temperature"]), 88), gap=36)
         cards.append(design.card(row, on=("open", "place", town), role="town"))
     actions = (("edit", ("open", "order"), "edit button"), ("gear", ("open", "units"), "settings button"))
-    return design.Page("Weather", cards or [design.empty("No places", "cloud")], actions, ("plus", ("open", "add"), "add button"))
+    return design.Page("Weather", cards or [design.empty("No places", "cloud")], actions,
+                       ("plus", ("open", "add"), "add button"))
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-015
+# %% ../../nbs/phone/34i_weather.ipynb #34i-016
 def _hour(h): return clock_time(h % 24, 0).replace(":00", "")
 
 def _fact(icon, label, text): # half of a row of facts
@@ -134,26 +143,32 @@ def facts(
     quality = "good" if air < 50 else "fair" if air < 90 else "poor"
     cells = [("wind", "Wind", speed(now.wind, data["wind"])), ("rain", "Chance of rain", f"{now.rain}%"),
              ("cloud", "Humidity", f"{rng.randrange(35, 90)}%"), ("info", "Air quality", f"{air}, {quality}"),
-             ("sun", "Sunrise", clock_time(5, rng.randrange(60))), ("moon", "Sunset", clock_time(20, rng.randrange(60)))]
+             ("sun", "Sunrise", clock_time(5, rng.randrange(60))), ("moon", "Sunset",
+             clock_time(20, rng.randrange(60)))]
     return [ui.row(_fact(*a), _fact(*b), gap=24, pad=(12, design.EDGE)) for a, b in zip(cells[::2], cells[1::2])]
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-016
+# %% ../../nbs/phone/34i_weather.ipynb #34i-017
 @patch
 def page_place(self:Weather, state, ep, town):
     d = state["data"]
     week, unit = weather_of(d, town), d["temperature"]
     now, (low, high, *_) = week[0][NOW[0]], of_day(week[0])
     big = ui.row(_symbol(now.sky, 220), ui.text(degrees(now.degrees, unit), 200), width="wrap", gap=40)
-    head = ui.column(big, ui.text(now.sky, design.HEAD), ui.text(f"High {degrees(high, unit)}, low {degrees(low, unit)}", design.SMALL, ui.MUTED),
+    head = ui.column(big, ui.text(now.sky, design.HEAD),
+                     ui.text(f"High {degrees(high, unit)}, low {degrees(low, unit)}", design.SMALL, ui.MUTED),
                      align="center", gap=8, pad=(12, 0, 24, 0))
     def cell(h):
         hour = week[0][h]
-        return ui.column(ui.text(_hour(h), 32, ui.MUTED), _symbol(hour.sky, 72), ui.text(degrees(hour.degrees, unit), design.SMALL, bold=True),
-                         ui.text(f"{hour.rain}%", 32, "#2f6fb5"), align="center", gap=12, on=("open", "hour", town, 0, h), role="hour", pad=(8, 0))
+        return ui.column(ui.text(_hour(h), 32, ui.MUTED), _symbol(hour.sky, 72),
+                         ui.text(degrees(hour.degrees, unit), design.SMALL, bold=True),
+                         ui.text(f"{hour.rain}%", 32, "#2f6fb5"), align="center", gap=12,
+                         on=("open", "hour", town, 0, h), role="hour", pad=(8, 0))
     strip_ = design.card(ui.row(*map(cell, range(NOW[0], NOW[0] + 6))))
     rows = [self.day_row(d, town, day) for day in range(DAYS)]
-    return design.Page(town, [head, strip_, design.section("Week", self.color), *rows, design.section("Details", self.color), *facts(town, d)])
+    return design.Page(town, [head, strip_, design.section("Week", self.color), *rows,
+                              design.section("Details", self.color), *facts(town, d)])
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-018
 @patch
 def day_row(self:Weather, data, town, day):
     low, high, rain, _, sky = of_day(weather_of(data, town)[day])
@@ -162,7 +177,7 @@ def day_row(self:Weather, data, town, day):
                    ui.text(f"{degrees(high, unit)} / {degrees(low, unit)}", design.BODY), width="wrap", gap=36)
     return design.list_row("Today" if day == 0 else day_name(day), ("open", "hours", town, day), trail=right)
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-017
+# %% ../../nbs/phone/34i_weather.ipynb #34i-019
 @patch
 def page_hours(self:Weather, state, ep, town, day):
     d = state["data"]
@@ -170,24 +185,31 @@ def page_hours(self:Weather, state, ep, town, day):
     low, high, rain, wind, _ = of_day(hours)
     def row(h):
         hour = hours[h]
-        right = ui.row(ui.text(f"{hour.rain}%", design.SMALL, "#2f6fb5"), _symbol(hour.sky, 64), ui.text(degrees(hour.degrees, d["temperature"]), design.BODY),
+        right = ui.row(ui.text(f"{hour.rain}%", design.SMALL, "#2f6fb5"), _symbol(hour.sky, 64),
+                       ui.text(degrees(hour.degrees, d["temperature"]), design.BODY),
                        width="wrap", gap=40)
-        return ui.row(ui.text(_hour(h), design.BODY), ui.spacer(), right, on=("open", "hour", town, day, h), role="hour", pad=(24, design.EDGE), bg=ui.PAPER)
-    note = f"{degrees(low, d['temperature'])} to {degrees(high, d['temperature'])}, rain {rain}%, wind {speed(wind, d['wind'])}"
-    head = ui.column(ui.text("Today" if day == 0 else day_name(day), design.HEAD, bold=True), ui.text(note, design.SMALL, ui.MUTED), gap=8, pad=(8, design.EDGE, 24, design.EDGE))
+        return ui.row(ui.text(_hour(h), design.BODY), ui.spacer(), right, on=("open", "hour", town, day, h),
+                      role="hour", pad=(24, design.EDGE), bg=ui.PAPER)
+    note = f"{_between(low, high, d)}, rain {rain}%, wind {speed(wind, d['wind'])}"
+    head = ui.column(ui.text("Today" if day == 0 else day_name(day), design.HEAD, bold=True),
+                     ui.text(note, design.SMALL, ui.MUTED), gap=8, pad=(8, design.EDGE, 24, design.EDGE))
     return design.Page(town, [head, *map(row, range(NOW[0] if day == 0 else 6, 24))])
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-020
 @patch
 def page_hour(self:Weather, state, ep, town, day, h):
     d = state["data"]
     hour = weather_of(d, town)[day][h]
-    big = ui.column(_symbol(hour.sky, 320), ui.text(degrees(hour.degrees, d["temperature"]), 200), ui.text(hour.sky, design.HEAD), align="center", pad=(60, 0), gap=16)
+    big = ui.column(_symbol(hour.sky, 320), ui.text(degrees(hour.degrees, d["temperature"]), 200),
+                    ui.text(hour.sky, design.HEAD), align="center", pad=(60, 0), gap=16)
     will = "It will probably rain" if hour.rain >= 55 else "It may rain" if hour.rain >= 30 else "It will stay dry"
-    rows = [design.list_row(will, None, f"Chance of rain {hour.rain}%", "rain"), design.list_row(speed(hour.wind, d["wind"]), None, "Wind", "wind"),
+    rows = [design.list_row(will, None, f"Chance of rain {hour.rain}%", "rain"),
+            design.list_row(speed(hour.wind, d["wind"]), None, "Wind", "wind"),
             design.list_row(degrees(hour.degrees - hour.wind // 12, d["temperature"]), None, "Feels like", "user")]
-    return design.Page(f"{town}, {_hour(h)}", [ui.text("Today" if day == 0 else day_name(day), design.HEAD, ui.MUTED, pad=(0, design.EDGE)), big, *rows])
+    return design.Page(f"{town}, {_hour(h)}", [ui.text("Today" if day == 0 else day_name(day), design.HEAD, ui.MUTED,
+                                                       pad=(0, design.EDGE)), big, *rows])
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-019
+# %% ../../nbs/phone/34i_weather.ipynb #34i-022
 @patch
 def fields_add(self:Weather, state, ep): return {"town": ""}
 
@@ -200,12 +222,15 @@ def on_open(self:Weather, state, ep, page, *of): # a search can be typed into at
 def page_add(self:Weather, state, ep):
     asked, d = state["fields"]["town"].strip().lower(), state["data"]
     found = [t for t in sorted(TOWNS) if asked in t.lower() and t not in d["places"]]
-    rows = [design.list_row(t, ("add", t), "", "plus", degrees(weather_of(d, t)[0][NOW[0]].degrees, d["temperature"])) for t in found]
-    return design.Page("Add a place", [design.search_field(state, "town", "Search for a town"), *(rows or [design.empty("Nothing found", "search")])])
+    rows = [design.list_row(t, ("add", t), "", "plus", degrees(weather_of(d, t)[0][NOW[0]].degrees,
+                                                               d["temperature"])) for t in found]
+    return design.Page("Add a place", [design.search_field(state, "town", "Search for a town"),
+                                       *(rows or [design.empty("Nothing found", "search")])])
 
 @patch
 def on_add(self:Weather, state, ep, town): return self.closed(stored(state, places=[*state["data"]["places"], town]))
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-023
 @patch
 def page_order(self:Weather, state, ep):
     places = state["data"]["places"]
@@ -224,13 +249,15 @@ def on_move(self:Weather, state, ep, town, by):
     return stored(state, places=places)
 
 @patch
-def on_drop(self:Weather, state, ep, town): return stored(state, places=[t for t in state["data"]["places"] if t != town])
+def on_drop(self:Weather, state, ep, town):
+    return stored(state, places=[t for t in state["data"]["places"] if t != town])
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-020
+# %% ../../nbs/phone/34i_weather.ipynb #34i-024
 @patch
 def page_units(self:Weather, state, ep):
     d = state["data"]
-    units = [n for k, options in UNITS.items() for n in (design.section(k.capitalize(), self.color), design.choices(options, d[k], ("unit", k), "unit"))]
+    units = [n for k, options in UNITS.items() for n in (design.section(k.capitalize(), self.color),
+                                                         design.choices(options, d[k], ("unit", k), "unit"))]
     flags = [design.switch_row(label, d[k], ("flip", k), self.color) for k, label in NOTICES.items()]
     return design.Page("Weather settings", [*units, design.section("Notices", self.color), *flags])
 
@@ -240,7 +267,7 @@ def on_unit(self:Weather, state, ep, key, unit): return stored(state, **{key: un
 @patch
 def on_flip(self:Weather, state, ep, key): return stored(state, **{key: not state["data"][key]})
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-025
+# %% ../../nbs/phone/34i_weather.ipynb #34i-029
 def some_town(
     rng,  # draws
     data, # of all apps
@@ -255,59 +282,80 @@ def another_town(
     "Another town that is shown, for near misses."
     return next(t for t in data["weather"]["places"] if t != town)
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-030
 @template("show the weather of a place", "weather", horizon=10)
 class ShowPlace(Template):
-    goals = ("What is the weather like in {town}? Show it", "Show the weather of {town}", "Open the forecast for {town}")
+    goals = ("What is the weather like in {town}? Show it", "Show the weather of {town}",
+             "Open the forecast for {town}")
     held_out = ("How is it outside in {town}? Open its weather",)
     def fill(self, rng, data): return {"town": some_town(rng, data)}
     def shown(self, phone, f): return showing(phone, "weather", "place", f.town)
     def moves(self, phone, f): return go(phone, "weather", ("place", f.town))
     def misses(self, data, f): return {"another town": {"town": another_town(data, f.town)}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-032
 @template("show the weather of a day", "weather", level=2)
 class ShowDayThere(Template):
-    goals = ("Show the hourly weather of {town} on {date}", "What will the weather in {town} be on {date}, hour by hour?", "Open the hours of {date} for {town} in the weather app")
+    goals = ("Show the hourly weather of {town} on {date}",
+             "What will the weather in {town} be on {date}, hour by hour?",
+             "Open the hours of {date} for {town} in the weather app")
     held_out = ("I am in {town} on {date}: show the weather of that day by the hour",)
-    def fill(self, rng, data): return {"town": some_town(rng, data), "date": day_name(day := rng.randrange(1, DAYS)), "day": day}
+    def fill(self, rng, data):
+        return {"town": some_town(rng, data), "date": day_name(day := rng.randrange(1, DAYS)), "day": day}
     def shown(self, phone, f): return showing(phone, "weather", "hours", f.town, f.day)
     def moves(self, phone, f): return go(phone, "weather", ("place", f.town), ("hours", f.town, f.day))
-    def misses(self, data, f): return {"another town": {"town": another_town(data, f.town)}, "another day": {"day": f.day % (DAYS - 1) + 1}}
+    def misses(self, data, f):
+        return {"another town": {"town": another_town(data, f.town)}, "another day": {"day": f.day % (DAYS - 1) + 1}}
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-026
+# %% ../../nbs/phone/34i_weather.ipynb #34i-034
 @template("show the weather of an hour", "weather", level=2)
 class ShowHour(Template):
-    goals = ("Show the weather of {town} {when} at {time}", "What will the weather in {town} be {when} at {time}? Open that hour", "Open the forecast of {town} for {time} {when}")
+    goals = ("Show the weather of {town} {when} at {time}",
+             "What will the weather in {town} be {when} at {time}? Open that hour",
+             "Open the forecast of {town} for {time} {when}")
     held_out = ("Will I need a coat in {town} {when} at {time}? Show the hour",)
     def fill(self, rng, data):
         day, hour = rng.randrange(0, DAYS), rng.randrange(10, 22)
-        return {"town": some_town(rng, data), "when": when(day), "day": day, "time": clock_time(hour, 0).replace(":00", ""), "hour": hour}
+        return {"town": some_town(rng, data), "when": when(day), "day": day, "time": clock_time(hour, 0).replace(":00",
+                ""), "hour": hour}
     def shown(self, phone, f): return showing(phone, "weather", "hour", f.town, f.day, f.hour)
     def moves(self, phone, f):
         if self.shown(phone, f): return None
         return go(phone, "weather", ("place", f.town), ("hours", f.town, f.day), ("hour", f.town, f.day, f.hour))
-    def misses(self, data, f): return {"another town": {"town": another_town(data, f.town)}, "an hour late": {"hour": f.hour + 1}}
+    def misses(self, data, f):
+        return {"another town": {"town": another_town(data, f.town)}, "an hour late": {"hour": f.hour + 1}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-036
 @template("add a town to the weather", "weather")
 class AddTown(Template):
-    goals = ("Add {town} to the weather app", "Put {town} on the list of places in the weather", "I want to see the weather of {town}: add the place")
+    goals = ("Add {town} to the weather app", "Put {town} on the list of places in the weather",
+             "I want to see the weather of {town}: add the place")
     held_out = ("The weather app should know {town}, too",)
     def fill(self, rng, data): return {"town": rng.choice([t for t in TOWNS if t not in data["weather"]["places"]])}
     def wanted(self, data, f): return [value("weather", "places", [*data["weather"]["places"], f.town])]
     def moves(self, phone, f):
         if f.town in phone.data["weather"]["places"]: return None
         return go(phone, "weather", "add") or fill(phone, "town", f.town) or tap(phone, ("add", f.town))
-    def misses(self, data, f): return {"another town": {"town": next(t for t in TOWNS if t not in (f.town, *data["weather"]["places"]))}}
+    def misses(self, data, f):
+        return {"another town": {"town": next(t for t in TOWNS if t not in (f.town, *data["weather"]["places"]))}}
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-027
+# %% ../../nbs/phone/34i_weather.ipynb #34i-038
 @template("remove a town from the weather", "weather")
 class DropTown(Template):
-    goals = ("Remove {town} from the weather app", "Take {town} off the places of the weather", "Delete the place {town} in the weather app")
+    goals = ("Remove {town} from the weather app", "Take {town} off the places of the weather",
+             "Delete the place {town} in the weather app")
     held_out = ("The weather of {town} no longer matters: remove it",)
     def fill(self, rng, data): return {"town": some_town(rng, data)}
-    def wanted(self, data, f): return [value("weather", "places", [t for t in data["weather"]["places"] if t != f.town])]
-    def moves(self, phone, f): return (go(phone, "weather", "order") or tap(phone, ("drop", f.town))) if f.town in phone.data["weather"]["places"] else None
-    def misses(self, data, f): return {"another town": {"town": another_town(data, f.town)}, "only moved": lambda phone, f: MoveTop().moves(phone, f)}
+    def wanted(self, data, f):
+        return [value("weather", "places", [t for t in data["weather"]["places"] if t != f.town])]
+    def moves(self, phone, f):
+        if f.town in phone.data["weather"]["places"]:
+            return go(phone, "weather", "order") or tap(phone, ("drop", f.town))
+    def misses(self, data, f):
+        return {"another town": {"town": another_town(data, f.town)}, "only moved": lambda phone,
+                f: MoveTop().moves(phone, f)}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-040
 def at_top(
     places: list, # of towns
     town: str,    # one of them
@@ -315,22 +363,28 @@ def at_top(
     "The towns with one of them first."
     return [town, *[t for t in places if t != town]]
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-041
 @template("move a town to the top", "weather", level=2)
 class MoveTop(Template):
-    goals = ("Move {town} to the top of the weather app", "Make {town} the first place in the weather", "{town} should come first in the weather app")
+    goals = ("Move {town} to the top of the weather app", "Make {town} the first place in the weather",
+             "{town} should come first in the weather app")
     held_out = ("I want to see {town} before all other places in the weather",)
     def fill(self, rng, data): return {"town": rng.choice(data["weather"]["places"][1:])}
     def wanted(self, data, f): return [value("weather", "places", at_top(data["weather"]["places"], f.town))]
     def moves(self, phone, f):
-        return None if phone.data["weather"]["places"][0] == f.town else go(phone, "weather", "order") or tap(phone, ("move", f.town, -1))
+        return None if phone.data["weather"]["places"][0] == f.town else go(phone, "weather", "order") or tap(phone,
+                ("move", f.town, -1))
     def misses(self, data, f):
-        down = lambda phone, f: go(phone, "weather", "order") or tap(phone, ("move", HOME, 1)) if phone.data["weather"]["places"][-1] != HOME else None
+        down = lambda phone, f: go(phone, "weather", "order") or tap(phone, ("move", HOME,
+                1)) if phone.data["weather"]["places"][-1] != HOME else None
         return {"the first one to the end": down, "removed": lambda phone, f: DropTown().moves(phone, f)}
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-028
+# %% ../../nbs/phone/34i_weather.ipynb #34i-043
 @template("change a unit of the weather", "weather", horizon=10)
 class Unit(Template):
-    goals = ("Show the {what} in {unit} in the weather app", "Change the unit of the {what} to {unit} in the weather app", "The weather should give the {what} in {unit}")
+    goals = ("Show the {what} in {unit} in the weather app",
+             "Change the unit of the {what} to {unit} in the weather app",
+             "The weather should give the {what} in {unit}")
     held_out = ("I think in {unit}: change the {what} of the weather app",)
     def fill(self, rng, data):
         what = rng.choice(("temperature", "wind", "wind"))
@@ -341,9 +395,11 @@ class Unit(Template):
         what = "wind" if f.what == "temperature" else "temperature"
         return {"another unit": {"what": what, "unit": next(u for u in UNITS[what] if u != data["weather"][what])}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-045
 @template("switch a notice of the weather", "weather", horizon=10, unseen=True)
 class Notice(Template):
-    goals = ("Turn {state} the {label} of the weather app", "Switch {state} the {label} in the weather", "The {label} of the weather app should be {state}")
+    goals = ("Turn {state} the {label} of the weather app", "Switch {state} the {label} in the weather",
+             "The {label} of the weather app should be {state}")
     held_out = ("Weather app: {label} {state}, please",)
     def fill(self, rng, data):
         key = rng.choice(list(NOTICES))
@@ -354,7 +410,7 @@ class Notice(Template):
         key = next(k for k in NOTICES if k != f.key)
         return {"another notice": {"key": key, "state": "off" if data["weather"][key] else "on"}}
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-030
+# %% ../../nbs/phone/34i_weather.ipynb #34i-048
 def only(
     values,     # numbers
     best=max,   # or `min`
@@ -363,9 +419,12 @@ def only(
     values = list(values)
     return values.index(best(values)) if values.count(best(values)) == 1 else None
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-049
 @template("show the wettest day", "weather", level=3)
 class Wettest(Template):
-    goals = ("On which day of the week does it most probably rain in {town}? Show its hours", "Find the day with the highest chance of rain in {town} and open it", "Open the wettest of the next seven days in {town}")
+    goals = ("On which day of the week does it most probably rain in {town}? Show its hours",
+             "Find the day with the highest chance of rain in {town} and open it",
+             "Open the wettest of the next seven days in {town}")
     held_out = ("When will it be wettest in {town}? Show that day in the weather app",)
     def day(self, data, f): return only(of_day(d)[2] for d in weather_of(data["weather"], f.town))
     def fill(self, rng, data):
@@ -374,27 +433,35 @@ class Wettest(Template):
         return {"town": town, "day": day} if day is not None else None
     def shown(self, phone, f): return showing(phone, "weather", "hours", f.town, f.day)
     def moves(self, phone, f): return go(phone, "weather", ("place", f.town), ("hours", f.town, f.day))
-    def misses(self, data, f): return {"another town": {"town": another_town(data, f.town)}, "another day": {"day": (f.day + 1) % DAYS}}
+    def misses(self, data, f):
+        return {"another town": {"town": another_town(data, f.town)}, "another day": {"day": (f.day + 1) % DAYS}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-051
 class _Two(Template): # about two places, of which one is colder now
     def fill(self, rng, data):
         a, b = rng.sample(data["weather"]["places"], 2)
         cold, warm = sorted((a, b), key=lambda t: weather_of(data["weather"], t)[0][NOW[0]].degrees)
-        apart = weather_of(data["weather"], warm)[0][NOW[0]].degrees > weather_of(data["weather"], cold)[0][NOW[0]].degrees
+        apart = weather_of(data["weather"], warm)[0][NOW[0]].degrees > weather_of(data["weather"],
+                cold)[0][NOW[0]].degrees
         return {"a": a, "b": b, "cold": cold, "warm": warm} if apart else None
     def misses(self, data, f): return {"the other one": {"cold": f.warm, "warm": f.cold}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-052
 @template("remove the colder town", "weather", level=3, horizon=10)
 class DropColder(_Two):
-    goals = ("Remove {a} or {b} from the weather app, whichever is colder now", "Where is it colder now, in {a} or in {b}? Take that place off the weather app",
+    goals = ("Remove {a} or {b} from the weather app, whichever is colder now",
+             "Where is it colder now, in {a} or in {b}? Take that place off the weather app",
              "Compare {a} and {b} and delete the colder one from the weather app")
     held_out = ("I only want to see the warmer one of {a} and {b} in the weather: remove the other",)
-    def wanted(self, data, f): return [value("weather", "places", [t for t in data["weather"]["places"] if t != f.cold])]
+    def wanted(self, data, f):
+        return [value("weather", "places", [t for t in data["weather"]["places"] if t != f.cold])]
     def moves(self, phone, f): return DropTown().moves(phone, type(f)(town=f.cold))
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-054
 @template("warmer town to the top", "weather", level=3, unseen=True)
 class WarmerTop(_Two):
-    goals = ("Move {a} or {b} to the top of the weather app, whichever is warmer now", "Where is it warmer now, in {a} or in {b}? Make it the first place in the weather app",
+    goals = ("Move {a} or {b} to the top of the weather app, whichever is warmer now",
+             "Where is it warmer now, in {a} or in {b}? Make it the first place in the weather app",
              "Compare {a} and {b} and put the warmer one first in the weather app")
     held_out = ("First in the weather app should be the warmer one of {a} and {b}",)
     def fill(self, rng, data):
@@ -403,10 +470,11 @@ class WarmerTop(_Two):
     def wanted(self, data, f): return [value("weather", "places", at_top(data["weather"]["places"], f.warm))]
     def moves(self, phone, f): return MoveTop().moves(phone, type(f)(town=f.warm))
 
-# %% ../../nbs/phone/34i_weather.ipynb #34i-031
+# %% ../../nbs/phone/34i_weather.ipynb #34i-056
 @template("show the weather at an event", "calendar", "weather", level=3, horizon=15)
 class AtEvent(Template):
-    goals = ("Will it rain in {town} when {title} begins {when}? Show that hour in the weather app", "Look up when {title} is {when} and show the weather of that hour in {town}",
+    goals = ("Will it rain in {town} when {title} begins {when}? Show that hour in the weather app",
+             "Look up when {title} is {when} and show the weather of that hour in {town}",
              "Open the hour in which {title} begins {when} in the forecast of {town}")
     held_out = ("Do I need an umbrella in {town} for {title} {when}? Show the hour in which it begins",)
     def fill(self, rng, data):
@@ -418,11 +486,15 @@ class AtEvent(Template):
         own = phone.now["apps"].get("calendar")
         if not own or own["fields"]["day"] != f.day: return to_day(phone, f.day) or go(phone, "calendar")
         return ShowHour().moves(phone, type(f)(town=f.town, day=f.day, hour=self.hour(phone.data, f) + late))
-    def misses(self, data, f): return {"an hour late": lambda phone, f: self.moves(phone, f, 1), "another town": {"town": another_town(data, f.town)}}
+    def misses(self, data, f):
+        return {"an hour late": lambda phone, f: self.moves(phone, f, 1), "another town": {"town": another_town(data,
+                f.town)}}
 
+# %% ../../nbs/phone/34i_weather.ipynb #34i-058
 @template("plan for the warmest day", "weather", "calendar", level=3, horizon=15)
 class PlanWarm(Template):
-    goals = ("Put {title} into the calendar at {time}, on the warmest of the next seven days in {town}", "Find the day with the highest temperature in {town} and add {title} on it at {time} to the calendar",
+    goals = ("Put {title} into the calendar at {time}, on the warmest of the next seven days in {town}",
+             "Find the day with the highest temperature in {town} and add {title} on it at {time} to the calendar",
              "Add {title} at {time} to the calendar on whichever day this week is warmest in {town}")
     held_out = ("{title} at {time} should be on the warmest day in {town}; note it in the calendar",)
     def warmest(self, data, f): return only(of_day(d)[1] for d in weather_of(data["weather"], f.town))
@@ -430,9 +502,12 @@ class PlanWarm(Template):
         town, free = some_town(rng, data), [t for t in TITLES if not look_up(data, "calendar", "events", title=t)]
         day = only(of_day(d)[1] for d in weather_of(data["weather"], town))
         return {"title": rng.choice(free), "town": town, "day": day, **some_start(rng)} if day else None
-    def wanted(self, data, f): return [new("calendar", "events", title=f.title, day=f.day, hour=f.hour, minute=f.minute, **PLAIN)]
+    def wanted(self, data, f):
+        return [new("calendar", "events", title=f.title, day=f.day, hour=f.hour, minute=f.minute, **PLAIN)]
     def moves(self, phone, f):
         own = phone.now["apps"].get("weather")
         if not own or own["stack"][-1]["of"] != [f.town]: return go(phone, "weather", ("place", f.town))
         return to_day(phone, f.day) or compose(phone, title=f.title, date=f.day, time=f.time)
-    def misses(self, data, f): return {"another day": {"day": (f.day + 1) % DAYS}, "half a day off": {"hour": (f.hour + 12) % 24, "time": clock_time((f.hour + 12) % 24, f.minute)}}
+    def misses(self, data, f):
+        return {"another day": {"day": (f.day + 1) % DAYS}, "half a day off": {"hour": (f.hour + 12) % 24,
+                "time": clock_time((f.hour + 12) % 24, f.minute)}}
