@@ -625,7 +625,7 @@ class ClearDay(Template):
 @template("solve a clash", "calendar", level=3, horizon=14)
 class Clash(Template):
     goals = ("Two events overlap {when}: delete the one that begins later",
-             "{when} has two events at once in the calendar; remove the later one",
+             "There are two events at once in the calendar {when}; remove the later one",
              "Find the two events {when} that are in each other's way and delete that which starts later")
     held_out = ("There is a clash in my calendar {when}. Delete the later event",)
     def setup(self, data, f):
