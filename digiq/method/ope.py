@@ -103,9 +103,9 @@ def tempered(
 @torch.no_grad()
 def log_probs(
     policy:Policy, # to evaluate
-    prompts:Sequence[str], # policy inputs, one a pair
+    prompts:Sequence[str], # policy inputs, one per pair
     features:Callable, # numbers of pairs, int64 [batch] -> image features, float [batch, patches, dim]
-    actions:Sequence[str], # action strings, one a pair
+    actions:Sequence[str], # action strings, one per pair
     temperatures:Sequence[float], # at which it acts
     batch:int=128, # pairs a forward pass
     advance:Callable=lambda n: None # called with the number of pairs done, a batch at a time
@@ -140,7 +140,7 @@ class Evaluated(Transitions):
     "Transitions, and policies to be evaluated on them"
     pi:np.ndarray=None # probabilities of the pairs, each policy's over the candidates of a state add up to 1, float32 [P, policies]
 
-    def minibatch(self, t, cfg, drawn, device="cpu"): # as of `Transitions`; candidates of the following states in the place of a'
+    def minibatch(self, t, cfg, drawn, device="cpu"): # as of `Transitions`; candidates of the following states in place of a'
         batch = super().minibatch(t, cfg, drawn, device)
         p, of = self.candidates(self.following(t))
         rows = lambda x: torch.as_tensor(x, device=device)

@@ -307,9 +307,9 @@ def encode_answers(self:Policy,
 def sample(self:Policy,
     prompts:Sequence[str], # policy inputs
     features, # float [batch, patches, dim] or [batch, dim], numpy or torch
-    n:int=1, # answers a prompt
+    n:int=1, # answers per prompt
     temperature:float=1.0 # 0 is greedy (then n must be 1)
-) -> list[list[str]]: # n action strings a prompt
+) -> list[list[str]]: # n action strings per prompt
     "Answers to prompts whose image features are known"
     if temperature == 0 and n > 1:
         raise DataError("temperature 0 gives one answer a state: pass n=1 or a temperature above 0")
@@ -327,9 +327,9 @@ def act(self:Policy,
     histories:Sequence[str], # decision part of each last action, "" at the start
     screens:Sequence[Image.Image], # what the phones show
     before:Sequence[Image.Image]=None, # what they showed one step earlier; Auto-UI does not look at it
-    n:int=1, # actions a state
+    n:int=1, # actions per state
     temperature:float=1.0 # 0 is greedy
-) -> list[list[str]]: # n action strings a state
+) -> list[list[str]]: # n action strings per state
     "Actions for a batch of states"
     return self.sample([prompt(g, h) for g, h in zip(goals, histories)], self.image_encoder(screens), n, temperature)
 
