@@ -106,7 +106,7 @@ def contents(
     store:EpisodeStore, # whose screens
     rows:list[dict], # episode, step, action; those of a state next to each other
 ) -> list[tuple[bytes, str]]: # digest of the screen, action
-    "By what the pairs of all runs are known."
+    "The keys by which pairs are recognised, in this run and in others."
     out, last = [], None
     for r in rows:
         if (r["episode"], r["step"]) != last:

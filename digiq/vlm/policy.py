@@ -234,8 +234,8 @@ def save(self:VLMPolicy,
 ):
     "Model, processor and language."
     self.vlm.save(path)
-    told = dict(language=self.name, side=self.vlm.side, max_new_tokens=self.max_new_tokens)
-    write_json(Path(path)/"policy.json", told)
+    settings = dict(language=self.name, side=self.vlm.side, max_new_tokens=self.max_new_tokens)
+    write_json(Path(path)/"policy.json", settings)
 
 @patch(cls_method=True)
 def from_pretrained(cls:VLMPolicy,
@@ -244,8 +244,8 @@ def from_pretrained(cls:VLMPolicy,
     dtype:str="float32", # of the weights
 ) -> VLMPolicy:
     "Load a saved policy. Raises `DataError` where a directory holds a VLM that does not say how it acts."
-    told = Path(path)/"policy.json"
-    if not told.exists():
-        raise DataError(f"{told} is missing: make VLMPolicy(VLM.load(...), language) and save it first")
-    told = read_json(told)
-    return cls(VLM.load(str(path), told["side"], dtype, device), told["language"], told["max_new_tokens"])
+    file = Path(path)/"policy.json"
+    if not file.exists():
+        raise DataError(f"{file} is missing: make VLMPolicy(VLM.load(...), language) and save it first")
+    settings = read_json(file)
+    return cls(VLM.load(str(path), settings["side"], dtype, device), settings["language"], settings["max_new_tokens"])

@@ -30,7 +30,7 @@ class RepresentationConfig:
     model: str = "tiny-vlm"         # a built-in model's name, a directory, or a hub id such as llava-hf/llava-1.5-7b-hf
     side: int = 160                 # the whole screen is squashed to side x side pixels; what the model's image processor expects
     dtype: str = "float32"          # of the arithmetic in fine-tuning, and of the weights that come out: "float32" or "bfloat16"
-    lora: int = 0                   # rank of low-rank adapters, which are trained in the place of all weights; 0 for none
+    lora: int = 0                   # rank of low-rank adapters, which are trained in place of all weights; 0 for none
     recompute: bool = False         # compute activations again in the backward pass instead of keeping them: less memory, a third more time
     embed_dtype: str = "auto"       # of weights when embedding: "float32", "bfloat16", or "auto", bfloat16 where the processor computes in it
     effect_threshold: float = 30.   # mean squared difference (0-255 scale, quarter size) above which a screen has changed
