@@ -123,7 +123,7 @@ def forward(self:AutoUI,
     input_ids:torch.Tensor=None, # prompts, int64 [batch, length]
     attention_mask:torch.Tensor=None, # 1 where a token is, [batch, length]
     image_features:torch.Tensor=None, # float [batch, image_dim] or [batch, patches, image_dim]
-    encoder_outputs:BaseModelOutput=None, # what `encode` returned, in the place of the two above
+    encoder_outputs:BaseModelOutput=None, # what `encode` returned, in place of the two above
     labels:torch.Tensor=None, # answers, int64 [batch, answer], -100 where nothing is asked
     **kwargs # passed to T5's own forward
 ) -> Seq2SeqLMOutput: # `loss` (with labels) and `logits` float [batch, answer, vocabulary]

@@ -124,14 +124,17 @@ QUOTED = re.compile(r'\{\s*(?:"success"\s*:\s*(?P<first>true|false)\s*,\s*)?' # 
                     r'(?:,\s*"success"\s*:\s*(?P<last>true|false)\s*)?(?:,\s*"\w+"\s*:\s*(?:"[^"{}]*"|[^"{},]*)\s*)*}',
                     re.DOTALL | re.IGNORECASE)
 
-def _mended(text): # with plain quotation marks, bare names in quotes, without comments; unpacked where it is JSON in JSON
-    if re.match(r'\{(\s|\\[nrt])*\\"', text): text = json.loads(f'"{text}"', strict=False)
-    text = re.sub('(?<=["“”])：', ":", re.sub("(?<=[\"“”])，", ",", text.replace("\\n", "\n")))
+def _unpacked(text): # where it is JSON within a string of JSON
+    return json.loads(f'"{text}"', strict=False) if re.match(r'\{(\s|\\[nrt])*\\"', text) else text
+
+def _mended(text): # with plain quotation marks, bare names in quotes, without comments
     text = re.sub(r"(?<=[\s,{])//[^\n]*$", "", re.sub("[“”„]", '"', text), flags=re.MULTILINE)
+    text = re.sub(r"(?<=[{,])(?:\\[nrt]|\s)+|(?:\\[nrt]|\s)+(?=})", " ", text)
+    text = re.sub('(?<=")：', ":", re.sub('(?<=")，', ",", text))
     return re.sub(r"([{,]\s*)(reasoning|success)(?=\s*:)", r'\1"\2"', text, flags=re.IGNORECASE)
 
 def _loose(text): # an object in JSON with a comma or quotation marks too many, or in JavaScript, or in Python
-    for said in dict.fromkeys((text, _mended(text))):
+    for said in dict.fromkeys((text, plain := _unpacked(text), _mended(plain))):
         try: return json.loads(re.sub(r",\s*}$", "}", said), strict=False)
         except ValueError: pass
         if (found := QUOTED.fullmatch(said)) and (found["first"] is None) != (found["last"] is None):
