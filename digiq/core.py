@@ -163,7 +163,7 @@ def _remove(path):
 def atomic(
     path:str|Path, # file, or new directory, that is to appear complete or not at all
 ): # the path to write to; make a file or a directory of it
-    "Write to another name in the same folder, renamed to `path` on success and removed on failure. One writer a path."
+    "Write to another name in the same folder, renamed to `path` on success and removed on failure. One writer per path."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -35,7 +35,7 @@ def connect(
 def digest_of(
     data:bytes, # a parcel
 ) -> str: # 32 hexadecimal digits
-    "By what a parcel is known."
+    "The hash by which a parcel is known."
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 class Parcel:

@@ -158,7 +158,7 @@ def positions(
 
 # %% ../../nbs/method/10_policy.ipynb #40-017
 class ImageEncoder:
-    "The frozen vision tower of a VLM: pictures to one feature vector a patch"
+    "The frozen vision tower of a VLM: pictures to one feature vector per patch"
     def __init__(self,
         tower:nn.Module, # a vision model of `transformers`; its output has `last_hidden_state` [batch, 1 + patches, d]
         processor, # its image processor

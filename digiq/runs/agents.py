@@ -87,7 +87,7 @@ def agent(self:Experiment,
 def support(self:Experiment,
     name:str, # of a re-ranked agent
 ) -> float: # of `evaluation.supports`
-    "What `tune` has chosen; the least one before."
+    "What `tune` has chosen; before that, the lowest."
     return self.metrics().get("supports", {}).get(name, min(self.preset.evaluation.supports))
 
 # %% ../../nbs/runs/66_agents.ipynb #65-061-4

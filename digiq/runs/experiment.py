@@ -219,7 +219,7 @@ def take_over(self:Experiment,
 # %% ../../nbs/runs/65_experiment.ipynb #65-037-3
 @patch(as_prop=True)
 def width(self:Experiment) -> int:
-    "Width of the image features of a patch, or of a screen where there is one vector a screen."
+    "Width of the image features of a patch, or of a screen where there is one vector per screen."
     return Embeddings(self.path/"screens").width if self.has("screens") else self.image_encoder.dim
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-038

@@ -27,7 +27,7 @@ from .presets import Preset, evaluates, from_nbs, load_preset
 def seeds_in(
     text:str, # e.g. 0-4 or 0,3,7-9
 ) -> list[int]:
-    "Seeds that are meant. Raises `ConfigError` where that cannot be told."
+    "The seeds that a text names. Raises `ConfigError` where it names none."
     found = []
     for part in text.replace(" ", "").split(","):
         if not (m := re.fullmatch(r"(\d+)(?:-(\d+))?", part)):
@@ -40,7 +40,7 @@ def seeds_in(
 def changes_in(
     words:list[str], # each field=value; a component's field with a dot: critic.steps=100
 ) -> dict: # parameters for papermill
-    "Settings that are meant. Raises `ConfigError` where one has no value."
+    "The settings that texts name. Raises `ConfigError` where one has no value."
     found = {}
     for word in words:
         name, equals, value = word.partition("=")

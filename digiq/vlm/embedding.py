@@ -116,7 +116,7 @@ def contents(
 
 # %% ../../nbs/vlm/22_embedding.ipynb #43-017-2
 class Known:
-    "Vectors that the same VLM computed for another run. The caller answers for its being the same."
+    "Vectors that the same VLM computed for another run. The caller vouches that it is the same."
     def __init__(self,
         store:EpisodeStore, # the other run's
         found:Embeddings, # the other run's
