@@ -53,10 +53,12 @@ LIMITS = {name: (least, most) for least, most, names in (
     (1, math.inf, """accumulate batch cores count demos episodes examples first heads horizon memory most n patch
         phones q_hidden screen_cells screens shard side steps tau_every text_dim threads tokens tries v_hidden
         vocabulary width workers"""),
-    (0, math.inf, """boot budget disturbance limit longest lora patience pause relative rerank rest restarts returns
-        save_every settle stagger start state_dropout states still support swipe temperature weight_decay window"""),
+    (0, math.inf, """boot budget disturbance effect_threshold gate limit longest lora patience pause relative rerank
+        rest restarts returns save_every settle stagger start states still support supports swipe temperature
+        temperatures wait weight_decay weight_offset window"""),
+    (1, 65535, "port"),
     (math.ulp(0.), math.inf, "beta clip lr matrix_lr scale"), # anything above 0
-    (0, 1, "copy_share dropout gamma heldout rarest_class relabel slips tau warmup")) for name in names.split()}
+    (0, 1, "copy_share dropout gamma heldout rarest_class relabel slips state_dropout tau warmup")) for name in names.split()}
 
 def _between(value, where): # a number that makes sense
     least, most = LIMITS.get(where.rpartition(".")[2].partition("[")[0], (-math.inf, math.inf))
@@ -163,7 +165,7 @@ def _remove(path):
 def atomic(
     path:str|Path, # file, or new directory, that is to appear complete or not at all
 ): # the path to write to; make a file or a directory of it
-    "Write to another name in the same folder, renamed to `path` on success and removed on failure. One writer a path."
+    "Write to another name in the same folder, renamed to `path` on success and removed on failure. One writer per path."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -405,7 +407,7 @@ def _work_in_copy(work, item, home, parent):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent: return # it ended before it could be asked
     try:
-        with threads(1): result = work(item, lambda units: home.send(("told", units)))
+        with threads(1): result = work(item, lambda units: home.send(("units", units)))
         home.send(("result", result))
     except BaseException as e:
         home.send(("error", in_parts(e)))
@@ -434,7 +436,7 @@ def _hear(pipe, process, advance, keep):
         if process.exitcode: raise DigiqError(ENDED.format(process.exitcode)) from None
         return True
     if kind == "error": raise as_raised(*message)
-    if kind == "told": advance(message)
+    if kind == "units": advance(message)
     else: keep(message)
 
 # %% ../nbs/00_core.ipynb #00-108
@@ -447,14 +449,14 @@ def _before_forks():
 def share(
     items:list, # what to work on, each by itself, e.g. numbers
     read, # (item): what its work needs; of a process's own, called there
-    work, # (what was read, told): returns a result; tells how many more units it has done
+    work, # (what was read, report): returns a result; calls `report` with the number of units done since the last call
     keep, # (item, result): puts it away; called here, one at a time
     workers=1, # processes at once; 1 to stay in this one, as all systems but Linux do; or who shares the work instead
     advance=lambda n: None, # called with these units, e.g. a progress bar's `update`
 ):
     "Work on all items. Raises what `work` raises, and `DigiqError` where a process is killed."
     if hasattr(workers, "share"): return workers.share(items, read, work, keep, advance)
-    def do(item, told): return work(read(item), told)
+    def do(item, report): return work(read(item), report)
     if min(workers, len(items)) < 2 or sys.platform != "linux":
         with threads(1):
             for item in items: keep(item, do(item, advance))

@@ -75,7 +75,7 @@ def verify(self:Shards):
         stat = f.stat()
         if _crc(f, stat.st_size, stat.st_mtime_ns) == f.stem.split("-")[1]: continue
         found = disguise(f)
-        if "pointer" in found: raise DataError(f"{f} is {found}")
+        if found.startswith("a git"): raise DataError(f"{f} is {found}")
         raise DataError(f"{f} is damaged or truncated: delete it and run the stage that wrote it again")
 
 # %% ../nbs/04_data.ipynb #30-201
@@ -94,7 +94,7 @@ def paths(self:Shards) -> list[Path]: # the files, in order
 def fill(self:Shards,
     sizes:list[int], # of all shards, in units that people can count: episodes, pairs, ...
     read, # (number): what its making needs
-    make, # (what was read, told): returns a shard; tells how many more units it has done
+    make, # (what was read, report): returns a shard; calls `report` with the number of units done since the last call
     write, # (number, shard): writes it
     desc:str, # what is made
     workers=1, # processes at once, or who works instead of them, see `digiq.core.share`

@@ -27,7 +27,7 @@ class DeviceError(DigiqError):
     "A device did not do what it was asked to, in time."
 
 class Unsupported(DeviceError):
-    "A device that is in order cannot do what it was asked to, e.g. type a letter that its keyboard lacks."
+    "A working device cannot do what it was asked to, e.g. type a letter that its keyboard lacks."
 
 # %% ../nbs/03_env.ipynb #03-007
 @runtime_checkable

@@ -108,7 +108,7 @@ def made_up_word(
     return one[:rng.integers(2, max(3, len(one)))] + two[rng.integers(1, max(2, len(two) - 1)):]
 
 # %% ../nbs/02_tasks.ipynb #02-018
-SIZES = {"train": 420, "val": 120, "test": 300}  # tasks a split
+SIZES = {"train": 420, "val": 120, "test": 300}  # tasks per split
 
 @lru_cache
 def _webshop(split):
@@ -156,16 +156,15 @@ def from_file(
     try: text = read_text(path).replace("\ufeff", "") # where files were put together, each has its mark
     except OSError as e:
         raise DataError(f"{path} is no readable task file: give one with a goal a line, named like webshop_test.txt ({e})") from None
-    goals, split = [line.strip() for line in text.split("\n")], path.stem.rpartition("_")[2]
-    if goals[0].startswith(("<!DOCTYPE", "<html", "version https://git-lfs")):
-        raise DataError(f"{path} is {disguise(path)}")
-    goals = [g for g in goals if g][:first]
+    found, split = disguise(path), path.stem.rpartition("_")[2]
+    if found.startswith(("a git", "an ", "a JSON")): raise DataError(f"{path} is {found}")
+    goals = [goal for line in text.split("\n") if (goal := line.strip())][:first]
     if not goals: raise DataError(f"{path} holds no goals: there must be one a line")
     domains = [found[0].lower() if (found := SITE.search(g)) else "" for g in goals]
     return [Task(f"{path.stem}-{i:04d}", g, level(g), domain, "", split) for i, (g, domain) in enumerate(zip(goals, domains))]
 
 # %% ../nbs/02_tasks.ipynb #02-024
-MARKS = dict.fromkeys(map(ord, "\"'`´‘’‚‛“”„‟‹›«»「」『』")) # quotation marks
+MARKS = dict.fromkeys(map(ord, "\"'`´‘’‚‛“”„‟‹›«»「」『』〝〞〟❛❜❝❞′″\\")) # quotation marks, also behind \\
 
 def _plain(text): # without marks, before and after: NFKC takes ´ apart, and makes one of ＂
     return unicodedata.normalize("NFKC", text.translate(MARKS)).casefold().translate(MARKS)

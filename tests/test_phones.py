@@ -137,6 +137,21 @@ def test_the_rotation_is_read_from_any_dump(case):
     assert read_rotation(dump) == turns
 
 
+BUILT_IN = 'DisplayInfo{{"Built-in Screen", displayId 0", real 1080 x 2400, modes [{{id=1, width=1080}}], rotation {}, state ON}}'
+VERSIONS = {
+    "Android 8": ("  Display: mDisplayId=0\n    init=1080x1920 480dpi cur=1080x1920\n    deferred=false layoutNeeded=false\n\n  mRotation=0 mAltOrientation=false\n  mLastWindowForcedOrientation=-1 mForcedAppOrientation=-1\n", 0),
+    "Android 9": ("  Display: mDisplayId=0\n    init=1080x2160 420dpi cur=2160x1080 app=2034x1080\n  DisplayFrames w=2160 h=1080 r=1\n    mStable=[0,63][2034,1080]\n", 1),
+    "Android 12": ("  Display: mDisplayId=0 rootTasks=6\n    winConfig={ mBounds=Rect(0, 0 - 3200, 1440) mDisplayWindowingMode=fullscreen mRotation=ROTATION_270}\n", 3),
+    "an old viewport": ("  mDefaultViewport=DisplayViewport{valid=true, displayId=0, orientation=3, logicalFrame=Rect(0, 0 - 2400, 1080)}", 3),
+    "displays": (f"  mBaseDisplayInfo={BUILT_IN.format(0)}\n  mOverrideDisplayInfo={BUILT_IN.format(1)}\n", 1),
+    "input before Android 14": ("    Viewport EXTERNAL: displayId=2, port=1, orientation=3, logicalFrame=[0, 0]\n    Viewport INTERNAL: displayId=0, uniqueId=local:46, port=0, orientation=1, logicalFrame=[0, 0, 2400, 1080]\n    InputDeviceOrientation: 0\n", 1),
+    "input from Android 14 on": ("    Viewport INTERNAL: displayId=0, uniqueId=local:46, port=0, orientation=Rotation270, logicalFrame=[0, 0, 2400, 1080]\n    InputDeviceOrientation: Rotation0\n", 3)}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_of_android_tells_its_rotation(version): assert read_rotation(VERSIONS[version][0]) == VERSIONS[version][1]
+
+
 @pytest.mark.parametrize("dump, turns", [("  SurfaceOrientation: 1\n  SurfaceWidth: 600px", 1), ("no word of it", None), ("", None), ("mRotation=undefined mCurrentRotation=ROTATION_180", 2), (block(2, (1, 2), 3) + block(0, (2, 1), 0), 0)])
 def test_other_dumps(dump, turns): assert read_rotation(dump) == turns
 
@@ -200,6 +215,8 @@ def test_an_app_that_is_not_there(no_shell_v2):
 @pytest.mark.parametrize("out, err, why", [("Error: no such thing\n", "", "Error: no such thing"), ("", "cmd: Can't find service: input\n", "cmd: Can't find service: input"), ("Security exception: Permission Denial\n\njava.lang.SecurityException: x\n", "", "Security exception"),
     ("", "com.miui.guard.TouchDeniedException: no\n", "com.miui.guard.TouchDeniedException"), ("Permission denied\n", "", "Permission denied"), ("Failure [not allowed]\n", "", "Failure"),
     ("", "Attempt to invoke virtual method 'int length()' on a null object reference\n", "Attempt to invoke"), ("Error type 3\nStarting: Intent\n", "", "Error type 3"),
+    ("Unknown id: a/.B\n", "", "Unknown id: a/.B"), ("", "sh: input: not found\n", "sh: input: not found"), ("args: [-p, a]\n", "** No activities found to run, monkey aborted.\n", "** No activities found"), ("", "Must have permission a.b.C\n", "Must have permission"),
+    ("", 'Exception in thread "main" java.lang.SecurityException: why\n', "Exception in thread"), ("", "*** SECURITY EXCEPTION: why\n", "*** SECURITY EXCEPTION"),
     ("", "WARNING: linker: a.so\r\njava.lang.SecurityException: why\r\n\tat a.b.C(D.java:1)\r\n", "java.lang.SecurityException: why")])
 def test_a_failure_with_status_0_is_a_failure(out, err, why):
     assert complaint(("am", "start"), out, err, 0).startswith(why)

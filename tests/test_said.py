@@ -42,6 +42,22 @@ def test_thinking_does_not_count(draft, verdict, before, tag):
 
 
 @settings(max_examples=200, deadline=None)
+@given(verdicts, verdicts, prose, st.sampled_from([("<think type='long'>", "</think>"), ("<Thinking id=7 >", "</thinking >"), ("<mm:think>", "</mm:think>"), ("<|START_THINKING|>", "<|END_THINKING|>")]))
+def test_marks_of_thinking_have_many_forms(draft, verdict, before, marks):
+    text = f"{marks[0]}{before}{json.dumps(vars(draft))}"
+    assert read_verdict(f"{text}{marks[1]}{json.dumps(vars(verdict))}") == verdict
+    with pytest.raises(ValueError, match="is no verdict"): read_verdict(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.builds(Verdict, st.text(alphabet="ab é.'", max_size=30), st.booleans()), st.permutations(["reasoning", "success"]))
+def test_json_in_json_and_in_javascript(verdict, order):
+    text = written(verdict, False, order)
+    for said in (json.dumps(text), json.dumps(dict(answer=text)), text.replace('"success"', "success"), text.replace('"reasoning"', "reasoning"), text.replace(", ", ", // so\n"), text.replace('": ', '"：').replace('", ', '"，')):
+        assert read_verdict(said) == verdict
+
+
+@settings(max_examples=200, deadline=None)
 @given(verdicts)
 def test_line_breaks_and_python(verdict):
     loose = json.dumps(vars(verdict), ensure_ascii=False).replace("\\n", "\n").replace("\\t", "\t")

@@ -196,9 +196,9 @@ class Served:
 
     def act(self,
         *seen, # goals, histories, screens, screens before
-        n:int=1, # actions a state
+        n:int=1, # actions per state
         temperature:float=1., # of the policy's sampling
-    ) -> list[list[str]]: # n action strings a state
+    ) -> list[list[str]]: # n action strings per state
         "Actions for a batch of states."
         how = dict(n=n, temperature=temperature)
         answers, state, error = self.ask(self.torch and self.torch.get_rng_state(), seen, how)

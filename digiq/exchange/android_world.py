@@ -29,7 +29,7 @@ FOREIGN = ("android_world", "requests", "http", "urllib3", "datetime", "collecti
     "google", "proto", "openai", "anthropic", "pydantic", "httpx") # packages
 
 class Foreign:
-    "In the place of a class, or of an object of it. Nothing of it was made."
+    "Stands for a class, or for an object of it. Nothing of it was made."
     def __init__(self,
         name:str, # of the class
     ): self.name, self.state = name, {} # what the file says the object holds

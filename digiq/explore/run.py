@@ -329,7 +329,7 @@ def scorer(self:RunView) -> Scorer:
 def score(self:RunView,
     state:State, # where
     actions:list[str], # what to judge; malformed ones get minus infinity
-    goal:str=None, # in the place of the state's own
+    goal:str=None, # in place of the state's own
 ) -> tuple[np.ndarray, np.ndarray]: # Q float32 [heads, len(actions)], V float32 [heads]
     "What the critic's heads say."
     with self.busy:

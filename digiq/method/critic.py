@@ -54,7 +54,7 @@ class CriticConfig:
     clip: float = 1.0               # largest norm of the gradient
     steps: int = 2000               # minibatches
     reference: bool = False         # train as the published code does; see chapter 52
-    batch: int = 128                # transitions a minibatch, of all processes together
+    batch: int = 128                # transitions per minibatch, of all processes together
     accumulate: int = 1             # minibatches an update of the weights
     save_every: int = 0             # minibatches between checkpoints to resume from; 0 for none
     precision: str = "float32"      # of matrix products in training, or "bfloat16"; weights are float32 always

@@ -71,7 +71,7 @@ class _Layer(torch.autograd.Function):
 
 # %% ../../nbs/method/12_networks.ipynb #49-011
 class Heads(nn.Module):
-    "Independent perceptrons on the same input, as one batched product a layer"
+    "Independent perceptrons on the same input, as one batched product per layer"
     def __init__(self,
         widths:Sequence[int], # input, hidden ..., output
         heads:int=2, # how many

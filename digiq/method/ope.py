@@ -140,7 +140,7 @@ class Evaluated(Transitions):
     "Transitions, and policies to be evaluated on them"
     pi:np.ndarray=None # probabilities of the pairs, each policy's over the candidates of a state add up to 1, float32 [P, policies]
 
-    def minibatch(self, t, cfg, drawn, device="cpu"): # as of `Transitions`; candidates of the following states in the place of a'
+    def minibatch(self, t, cfg, drawn, device="cpu"): # as of `Transitions`; candidates of the following states in place of a'
         batch = super().minibatch(t, cfg, drawn, device)
         p, of = self.candidates(self.following(t))
         rows = lambda x: torch.as_tensor(x, device=device)

@@ -20,7 +20,7 @@ from .policy import Policy
 def featurise(
     run:Run, # with a finished stage "episodes"
     image_encoder:ImageEncoder, # the frozen vision tower
-    shard:int=64, # episodes a file
+    shard:int=64, # episodes per file
     workers=1 # processes that compute, a file each, or who does instead, see `digiq.core.share`
 ) -> Embeddings: # rows keyed (episode, step, ""), float16 [screens, patches*dim]
     "Image features of every recorded screen, each computed once"

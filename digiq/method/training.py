@@ -194,7 +194,7 @@ def _tensor(a, device): return torch.as_tensor(a, device=device)
 def states(self:Transitions,
     t:np.ndarray, # steps, int64 [batch]
     device="cpu", # where the tensors go
-    after:bool=False # the states that followed, in the place of the states themselves
+    after:bool=False # the states that followed, in place of the states themselves
 ) -> dict: # `goal`, `previous_kind`, `previous_text`, `screens`
     "Where the agent was at some steps"
     kind, text = (self.next_kind, self.next_text) if after else (self.previous_kind, self.previous_text)
@@ -233,7 +233,7 @@ def minibatch(self:Transitions,
 def prefetch(
     make, # makes an item
     plan, # arguments of `make`, for each item
-    n:int=2 # items made ahead
+    n:int=2 # items prefetched
 ): # yields the items, in order
     "Make items in a thread, before they are asked for"
     with ThreadPoolExecutor(1) as thread:

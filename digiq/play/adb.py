@@ -32,7 +32,7 @@ LINKS = { # what adb says: what to do
     r"\boffline\b": "offline: plug it in again, or turn USB debugging off and on",
     r"^(still )?connecting$|device still connecting": "still connecting: wait a moment, or plug it in again",
     "^(recovery|sideload|bootloader|rescue|fastboot)$": "not in Android: restart the phone",
-    "^device '.*' not found$|no devices": "not there: plug it in, and see whether `adb devices` lists it"}
+    "^(error: )?device '.*' not found$|no devices": "not there: plug it in, and see whether `adb devices` lists it"}
 
 def explain(
     said, # by adb: a text, or an exception
@@ -187,8 +187,9 @@ NOISE = re.compile(r"at [\w.$]+\(|\.\.\. \d+ more|WARNING: linker|Exception occu
                    r"|Caused by: \S+ Remote stack trace:")
 FAILED = re.compile(r"(Caused by: )?([\w$]+\.)+[\w$]*(Exception|Error)(?=:|\s|$)|Exception occurred while executing"
                     r"|Security ?exception|Error:|Error type"
-                    r"|Fail(ed|ure)\b|cmd: |Killed$|Can't find service|/system/bin/sh: |Permission deni(ed|al)\b"
-                    r"|Attempt to invoke ", re.IGNORECASE)
+                    r"|Fail(ed|ure)\b|cmd: |Killed$|Can't find service|(/system/bin/)?sh: |Permission deni(ed|al)\b"
+                    r"|Must have permission|Unknown (id|input method)\b|\*+ (No activities|Error|\w+ exception)"
+                    r"|Exception in thread|Attempt to invoke ", re.IGNORECASE)
 
 def complaint(
     words:tuple[str, ...], # of a command
@@ -315,7 +316,8 @@ ROTATIONS = (
     r"DisplayFrames\b[^\n]*?\br=(\d+)", r"\bmRotation=(\d+)", r"\bmDisplayRotation=ROTATION_(\d+)", # of windows
     r"\bmRotation=ROTATION_(\d+)",
     r"DisplayViewport\{(?=[^}]*\bdisplayId=0\b)[^}]*\borientation=(\d+)", # of displays
-    r"\bSurfaceOrientation: *(\d+)", # of input
+    r"\bmOverrideDisplayInfo=DisplayInfo\{[^\n]*?\bdisplayId 0\b[^\n]*?\brotation (\d)",
+    r"\bViewport \w+: displayId=0\b[^\n]*?\borientation=(?:Rotation)?(\d+)", r"\bSurfaceOrientation: *(\d+)", # of input
     r"\bmCurrentRotation=(?:ROTATION_)?(\d+)") # of the sensor
 DUMPS = (("dumpsys", "window", "displays"), ("dumpsys", "display"), ("dumpsys", "input"))
 def read_rotation(
@@ -507,7 +509,7 @@ def _broadcast(self:AdbDevice, s, pieces):
             with self._all_within(self.cfg.limit): self._put_back(usual)
 
 # %% ../../nbs/play/45_adb.ipynb #21-029a
-IME = re.compile(r"[\w.]+/[\w.$]+") # name of an input method
+IME = re.compile(r"^[\w.]+/[\w.$]+$", re.MULTILINE) # name of an input method, on a line of its own
 @patch
 def _keyboards(self:AdbDevice): return IME.findall(self.shell("ime", "list", "-a", "-s", repeat=True))
 

@@ -103,9 +103,11 @@ def load_examples(
     return [read(name) for name in pictures]
 
 # %% ../../nbs/play/41_judges.ipynb #25-013
-TAGS = r"think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad|seed:think" # between which models think
-OPEN = rf"<(?:{TAGS})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis|<\|channel>thought"
-CLOSE = rf"</(?:{TAGS})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final|<channel\|>"
+TAGS = r"(?:\w+:)?think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad" # between which models think
+OPEN = (rf"<(?:{TAGS})(?:\s+\w+=[^<>]*)?\s*>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|START_THINKING)\|>"
+        r"|<\|channel\|>analysis|<\|channel>thought")
+CLOSE = (rf"</(?:{TAGS})\s*>|\[/THINK\]|◁/think▷|<\|end_(?:of_thought|thinking)\|>"
+         r"|<\|channel\|>final|<channel\|>")
 STOPS = re.compile(rf"(?P<object>\{{)|(?P<open>{OPEN})|(?P<close>{CLOSE})", re.IGNORECASE)
 def _verdict(found): # None where an object is none
     try: said = {k.lower(): v for k, v in found.items() if k.lower() in ("reasoning", "success")}
@@ -115,14 +117,26 @@ def _verdict(found): # None where an object is none
     except DigiqError: return None
 
 # %% ../../nbs/play/41_judges.ipynb #25-013-1
-QUOTED = re.compile(r'\{\s*"reasoning"\s*:\s*"((?:(?!"(?:reasoning|success)").)*)"\s*,'
-                    r'\s*"success"\s*:\s*(true|false)\s*}', re.DOTALL | re.IGNORECASE)
+QUOTED = re.compile(r'\{\s*(?:"success"\s*:\s*(?P<first>true|false)\s*,\s*)?' # with the quotation marks of its text bare
+                    r'"reasoning"\s*:\s*"(?P<reasoning>(?:(?!"(?:reasoning|success)").)*?)"\s*'
+                    r'(?:,\s*"success"\s*:\s*(?P<last>true|false)\s*)?(?:,\s*"\w+"\s*:\s*(?:"[^"{}]*"|[^"{},]*)\s*)*}',
+                    re.DOTALL | re.IGNORECASE)
 
-def _loose(text): # an object in JSON with a comma or quotation marks too many, or in Python
-    for said in (text, re.sub("[“”„]", '"', text)):
+def _unpacked(text): # where it is JSON within a string of JSON
+    return json.loads(f'"{text}"', strict=False) if re.match(r'\{(\s|\\[nrt])*\\"', text) else text
+
+def _mended(text): # with plain quotation marks, bare names in quotes, without comments
+    text = re.sub(r"(?<=[\s,{])//[^\n]*$", "", re.sub("[“”„]", '"', text), flags=re.MULTILINE)
+    text = re.sub(r"(?<=[{,])(?:\\[nrt]|\s)+|(?:\\[nrt]|\s)+(?=})", " ", text)
+    text = re.sub('(?<=")：', ":", re.sub('(?<=")，', ",", text))
+    return re.sub(r"([{,]\s*)(reasoning|success)(?=\s*:)", r'\1"\2"', text, flags=re.IGNORECASE)
+
+def _loose(text): # an object in JSON with a comma or quotation marks too many, or in JavaScript, or in Python
+    for said in dict.fromkeys((text, plain := _unpacked(text), _mended(plain))):
         try: return json.loads(re.sub(r",\s*}$", "}", said), strict=False)
         except ValueError: pass
-    if found := QUOTED.fullmatch(text): return dict(reasoning=found[1], success=found[2])
+        if (found := QUOTED.fullmatch(said)) and (found["first"] is None) != (found["last"] is None):
+            return dict(reasoning=found["reasoning"], success=found["first"] or found["last"])
     return ast.literal_eval(re.sub(r":\s*(true|false)(?=\s*[,}])", lambda m: f": {m[1].title()}", text))
 
 # %% ../../nbs/play/41_judges.ipynb #25-013-2
@@ -312,7 +326,7 @@ def answer_text(
     if isinstance(content, (list, tuple)): return "".join(map(answer_text, content))
     if not isinstance(content, dict): return ""
     if "success" in content: return json.dumps(content)
-    if content.get("thought") or content.get("type") in ("thinking", "reasoning", "redacted_thinking"): return ""
+    if content.get("thought") or re.search("think|thought|reason", str(content.get("type"))): return ""
     parts = (content[k] for k in ("text", "content", "parts", "value", "refusal") if content.get(k))
     return answer_text(next(parts, ""))
 
@@ -325,7 +339,8 @@ def stopped(
     if str(why).lower() in ("length", "max_tokens", "max_output_tokens", "model_length"):
         name = next((k for k in ("max_tokens", "max_completion_tokens") if k in cfg.options), "max_tokens")
         return f"it was cut off by max_tokens: raise judge.options.{name} ({cfg.options.get(name, 'not set')})"
-    return "" if why in (None, "stop") else f"the model stopped for {why!r}"
+    own = ("none", "stop", "stop_sequence", "end_turn", "eos", "eos_token", "completed")
+    return "" if str(why).lower() in own else f"the model stopped for {why!r}"
 
 # %% ../../nbs/play/41_judges.ipynb #25-042
 @patch

@@ -160,7 +160,7 @@ def screens_of(
 @dataclass
 class Facts:
     "What the episodes of a file have in common; found in the first of them"
-    n:int=0 # candidates a state, 0 where there are none
+    n:int=0 # candidates per state, 0 where there are none
     width:int=0 # of f(s, a), 0 where there is none
     image_width:int=0 # of the image features, 0 where there are none
     dtype:str="float32" # of both in our files

@@ -87,7 +87,7 @@ def agent(self:Experiment,
 def support(self:Experiment,
     name:str, # of a re-ranked agent
 ) -> float: # of `evaluation.supports`
-    "What `tune` has chosen; the least one before."
+    "What `tune` has chosen; before that, the lowest."
     return self.metrics().get("supports", {}).get(name, min(self.preset.evaluation.supports))
 
 # %% ../../nbs/runs/66_agents.ipynb #65-061-4
@@ -142,7 +142,7 @@ def tune(self:Experiment,
 def evaluate(self:Experiment,
     name:str, # see `agent`
     sequential:bool=False, # tasks as they stand, instead of in a random order
-    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
+    repeats:int|None=None, # times that each task is played, in place of the preset's number of episodes
 ) -> pd.DataFrame: # how each episode ended
     """Play held-out tasks at the agent's own temperature.
 

@@ -50,7 +50,7 @@ def truths(
     tasks:list, # among them those of the episodes
     phone:SimPhone, # one like those on which they were played
     workers=1, # processes, some episodes each, or who works instead, see `digiq.core.share`
-    shard:int=40 # episodes a file
+    shard:int=40 # episodes per file
 ) -> pd.DataFrame: # rows as of `truth_of`, states in the order in which they were recorded
     "The truth about all recorded candidates; continues where it was cut off"
     named, out = {t.id: t for t in tasks}, Shards(run.path/"truths", ".parquet")
@@ -130,7 +130,7 @@ class TruthReranker:
     def __init__(self,
         policy, # who proposes, with `act`
         make_env, # (tasks, horizon) -> DeviceEnv on a built-in phone
-        n:int=16 # samples a state
+        n:int=16 # samples per state
     ): self.policy, self.make, self.n, self.envs = policy, make_env, n, weakref.WeakSet()
 
     def make_env(self,

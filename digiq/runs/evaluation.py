@@ -231,7 +231,7 @@ def probes(
     policy, # proposes the candidates
     phone:SimPhone, # one like those on which the episodes were played; will be reset
     states:int=300, # how many
-    n:int=16, # candidates a state
+    n:int=16, # candidates per state
     temperature:float=1.0, # of the proposals
     seed:int=0, # which states
     mixed:bool=True # leave out states whose candidates are all good or all not

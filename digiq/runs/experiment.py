@@ -222,7 +222,7 @@ def take_over(self:Experiment,
 # %% ../../nbs/runs/65_experiment.ipynb #65-037-3
 @patch(as_prop=True)
 def width(self:Experiment) -> int:
-    "Width of the image features of a patch, or of a screen where there is one vector a screen."
+    "Width of the image features of a patch, or of a screen where there is one vector per screen."
     return Embeddings(self.path/"screens").width if self.has("screens") else self.image_encoder.dim
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-038
@@ -295,7 +295,7 @@ def play(self:Experiment,
     split:str, # of the tasks
     cfg:Rollout, # how many, and how
     sequential:bool=False, # tasks as they stand, instead of in a random order
-    repeats:int|None=None, # times that each task is played, in the place of `cfg.episodes`
+    repeats:int|None=None, # times that each task is played, in place of `cfg.episodes`
     make_env=None, # built-in phones other than the preset's
 ) -> EpisodeStore:
     "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
@@ -314,7 +314,7 @@ def play(self:Experiment,
 def collect(self:Experiment,
     split:str="train", # of the tasks
     sequential:bool=False, # tasks as they stand, instead of in a random order
-    repeats:int|None=None, # times that each task is played, in the place of the preset's number of episodes
+    repeats:int|None=None, # times that each task is played, in place of the preset's number of episodes
 ) -> pd.DataFrame: # a row per level: episodes, successes, mean number of steps
     "Record episodes of the behaviour policy. Raises `DigiqError` where none succeeds."
     p = self.preset

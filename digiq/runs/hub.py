@@ -66,7 +66,7 @@ def _plain_name(name): return Path(name).name if Path(name).is_absolute() or nam
 def shared_settings(
     preset:Preset, # of a run
 ) -> dict: # without paths, phones and servers
-    "The settings that a card may tell."
+    "The settings that a card may show."
     found = to_dict(preset)
     found["representation"]["model"] = _plain_name(preset.representation.model)
     found["critic"]["text_encoder"] = _plain_name(preset.critic.text_encoder)

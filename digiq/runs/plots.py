@@ -33,7 +33,7 @@ def show_screen(
     ax, # matplotlib axes
     screen:Image.Image, # what the phone shows
 ):
-    "A screen without axes; one unit a pixel."
+    "A screen without axes; one unit per pixel."
     ax.imshow(screen); ax.set_xlim(0, screen.width); ax.set_ylim(screen.height, 0)
     ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_color("#888888")
 
@@ -161,7 +161,7 @@ def vary(
     found:list, # of `digiq.runs.evaluation.Probe`
     n:int, # how many
 ) -> list: # `n` of them, or fewer
-    "One state a goal, and the levels in turn."
+    "One state per goal, and the levels in turn."
     turn = {}
     for p in {p.goal: p for p in found}.values(): turn.setdefault(p.level, []).append(p)
     return [p for _, _, p in sorted(((i, level, p) for level, same in turn.items() for i, p in enumerate(same)),

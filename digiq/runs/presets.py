@@ -103,7 +103,7 @@ class Preset:
 
     def __post_init__(self):
         least = {"collection.episodes": 10, "proposals.n": 2, "evaluation.episodes": 1, "evaluation.tuning": 1,
-            "evaluation.rerank": 1, "horizon": 1, "workers": 1}
+            "evaluation.rerank": 1, "embedding.states": 1, "horizon": 1, "workers": 1}
         for name, n in least.items():
             value = self
             for part in name.split("."): value = getattr(value, part)
@@ -122,15 +122,16 @@ class Preset:
 # %% ../../nbs/runs/62_presets.ipynb #65-007b
 def parameter(
     value, # as it came
-    kind:type, # str or int
+    kind:type, # str, int or bool
     name:str, # for the error
-): # text, or a number
+): # text, a number, or a truth
     "A parameter of a run notebook as what it should be. Raises `ConfigError` where that cannot be told."
-    if isinstance(value, Path) or type(value) is int: value = str(value)
-    if isinstance(value, str) and (kind is str or re.fullmatch(r"\s*-?\d+\s*", value)): return kind(value)
-    raise ConfigError(
-        f"{name} came as {value!r}: give "
-        f"{'a whole number' if kind is int else f'text, with papermill by `-r {name} ...`'}")
+    if kind is bool:
+        if (said := str(value).strip().lower()) in ("true", "false"): return said == "true"
+    elif isinstance(value, Path) or type(value) is int: value = str(value)
+    if isinstance(value, str) and (kind is str or kind is int and re.fullmatch(r"\s*-?\d+\s*", value)): return kind(value)
+    wanted = {int: "a whole number", bool: "True or False"}.get(kind, f"text, with papermill by `-r {name} ...`")
+    raise ConfigError(f"{name} came as {value!r}: give {wanted}")
 
 # %% ../../nbs/runs/62_presets.ipynb #65-007b-2
 def words(
@@ -171,10 +172,10 @@ def overlay(
     return old | {k: overlay(old.get(k) or {}, v) if isinstance(v, dict) else v
         for k, v in new.items() if v is not None}
 
-def _typed(old, new, name=""): # what replaces settings, as text or a number where these are
+def _typed(old, new, name=""): # what replaces settings, as text, numbers and truths where these are
     if isinstance(new, dict):
         return {k: _typed(old.get(k) if isinstance(old, dict) else None, v, k) for k, v in new.items()}
-    return parameter(new, type(old), name) if type(old) in (str, int) and new is not None else new
+    return parameter(new, type(old), name) if type(old) in (str, int, bool) and new is not None else new
 
 # %% ../../nbs/runs/62_presets.ipynb #65-010-2
 def override(
@@ -187,23 +188,26 @@ def override(
 # %% ../../nbs/runs/62_presets.ipynb #65-010b
 def read_preset(
     path:Path, # a YAML file
+    above:tuple[Path, ...]=(), # files that are like this one
 ) -> dict: # its settings, on those of the preset that it is `like`
     "The settings of a file. Raises `ConfigError` where they are none."
     try: found = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as e: raise ConfigError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict):
-        why = disguise(path)
-        foreign = "pointer" in why or "page" in why
+        foreign = (why := disguise(path)).startswith(("a git", "an HTML"))
         raise ConfigError(f"{path} is {why}" if foreign
             else f"{path} holds no settings by name: write them like `horizon: 20`")
     like = found.pop("like", None)
-    return overlay(read_preset(preset_path(like)), found) if like else found
+    if not like: return found
+    if (base := preset_path(like)).resolve() in (above := (*above, path.resolve())):
+        raise ConfigError(f"{path} is like {like}, which is like {path}: one of them must be like none")
+    return overlay(read_preset(base, above), found)
 
 # %% ../../nbs/runs/62_presets.ipynb #65-010b-2
 def load_preset(
     name:str|Path="tiny", # of a preset of the package, or a YAML file
     /,
-    like:str|None=None, # the preset that `changes` are like, in the place of `name`
+    like:str|None=None, # the preset that `changes` are like, in place of `name`
     **changes, # as for `override`
 ) -> Preset:
     "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."

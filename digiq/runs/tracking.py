@@ -151,7 +151,7 @@ def _judged(path, n=5): # candidates on screens that differ in what the critic t
 
 # %% ../../nbs/runs/64a_tracking.ipynb #64a-019
 class Tracking:
-    "What a tracker is told of a run directory. Raises `ConfigError` for a tracker that is not there."
+    "What a tracker gets of a run directory. Raises `ConfigError` for a tracker that is not there."
     def __init__(self,
         path:Path, # the run directory
         name:str="", # of a tracker; "" for none
@@ -208,7 +208,7 @@ def _flat(x, name=""): # by dotted name
 
 # %% ../../nbs/runs/64a_tracking.ipynb #64a-025
 class TrackedLog(Log):
-    "A log whose rows a tracker is told, too"
+    "A log whose rows also go to a tracker"
     def __init__(self,
         path:str|Path, # file; its name is the stage's
         tracking:Tracking, # who is told
@@ -229,7 +229,7 @@ def row(self:Tracking,
     n:int, # number of the row, from 1
     row, # a number, or numbers by name
 ):
-    "Tell a row of a learning curve, unless it has been told."
+    "Log a row of a learning curve, unless it has been logged."
     values = {"loss": row} if not isinstance(row, dict) else {k: v for k, v in row.items() if isinstance(v, (int, float))}
     step = values.pop("step", n)
     with self.spared():
@@ -244,7 +244,7 @@ def row(self:Tracking,
 def stage(self:Tracking,
     name:str, # of the stage that is worked on inside; its record is in stages/
 ):
-    "Tell what a stage made when it is finished for the first time, and close the tracker's run in any case."
+    "Log what a stage made when it is finished for the first time, and close the tracker's run in any case."
     record, done = self.path/"stages"/f"{name}.json", lambda: record.exists() and read_json(record)["done"]
     before, outer, self.tracker = not self.name or done(), self.tracker, None
     try:

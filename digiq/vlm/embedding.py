@@ -106,7 +106,7 @@ def contents(
     store:EpisodeStore, # whose screens
     rows:list[dict], # episode, step, action; those of a state next to each other
 ) -> list[tuple[bytes, str]]: # digest of the screen, action
-    "By what the pairs of all runs are known."
+    "The keys by which pairs are recognised, in this run and in others."
     out, last = [], None
     for r in rows:
         if (r["episode"], r["step"]) != last:
@@ -116,7 +116,7 @@ def contents(
 
 # %% ../../nbs/vlm/22_embedding.ipynb #43-017-2
 class Known:
-    "Vectors that the same VLM computed for another run. The caller answers for its being the same."
+    "Vectors that the same VLM computed for another run. The caller vouches that it is the same."
     def __init__(self,
         store:EpisodeStore, # the other run's
         found:Embeddings, # the other run's
