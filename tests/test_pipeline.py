@@ -90,7 +90,7 @@ def test_metrics(whole):
 
 def test_killed_at_many_moments(models, whole, tmp_path):
     rng, killed = random.Random(0), 0
-    for landmark in ("episodes/*.parquet", "proposals/*.parquet", "embeddings/*.npy", "checkpoints/critic", "stages/digiq.json", "evaluations/digiq/*.parquet", "results/check.json"):
+    for landmark in ("episodes/*.parquet", "proposals/*.parquet", "embeddings/*.npy", "checkpoints/critic", "stages/digiq.json", "evaluations/digiq/*.parquet", "results/check/critic.json"):
         process = start(models, tmp_path)
         while not list(tmp_path.glob(landmark)) and process.is_alive(): time.sleep(.01)
         time.sleep(rng.uniform(0, .3))

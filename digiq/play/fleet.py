@@ -324,7 +324,8 @@ def look(self:Display):
     "Show how the devices are."
     letters = "".join("x" if w.state == "retired" else w.state[0] for w in self.fleet.workers)
     states = ", ".join(f"{n} {s}" for s, n in sorted(self.fleet.states().items()))
-    if self.line.desc != (text := f"devices {letters} ({states})"): self.line.desc = text
+    text = f"devices {letters} ({states})"
+    if getattr(self.line, "desc", text) != text: self.line.desc = text # a bar that is switched off has none
     self.line.update(0)
 
 # %% ../../nbs/play/42_fleet.ipynb #33-021

@@ -237,11 +237,9 @@ def check_critic(self:Experiment) -> pd.DataFrame: # a row per critic
     "How well the critics rank candidates of held-out states."
     names = [n for n in ("critic", "critic_without_representation") if n == "critic"
         or (self.path/"checkpoints"/n).exists()]
-    def make():
-        found = self.probes(self.preset.evaluation.states)
-        return {n: evaluation.check_critic(found, self.scorer(n)) for n in names}
     self.require(*names)
-    checked = self.result("check", make)
+    if not all(self.finished(f"check/{n}") for n in names): found = self.probes(self.preset.evaluation.states)
+    checked = {n: self.result(f"check/{n}", lambda: evaluation.check_critic(found, self.scorer(n))) for n in names}
     self.update_metrics(**checked)
     return pd.DataFrame(checked).T.drop(columns="levels")
 

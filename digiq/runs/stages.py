@@ -29,7 +29,6 @@ STAGES = { # stage: what it is made from, and the settings of its own
     "policy": (("scores",), ("extraction", "actor")),
     "truths": (("proposals",), ()),
     "habits": (("evaluations/behaviour",), ("proposals", "evaluation")),
-    "check": (("evaluations/behaviour", "critic"), ("evaluation",)),
     "reliability": (("evaluations/behaviour", "critic"), ("evaluation",))}
 
 CALLS = {"episodes": "collect", "screens": "featurise", "proposals": "propose", "representation": "finetune",
@@ -52,6 +51,7 @@ def made_from(
     if stage in RULES: return STAGES["policy"]
     if stage in ceilings.LABELS: return ("truths",), ("actor",)
     family, _, agent = stage.partition("/")
+    if family == "check" and agent in STAGES: return ("evaluations/behaviour", agent), ("evaluation",)
     if family in ESTIMATES:
         needs, own = ESTIMATES[family]
         return tuple(f"{s}/{agent}" if s in ESTIMATES else s for s in needs) + ((agent,) if agent in RULES else ()), own
