@@ -17,7 +17,7 @@ from ..core import derive_seed
 from ..env import Unsupported, check_key, check_point
 from . import across, browser, calculator, calendar, camera, clock, contacts, dialler, files, mail, maps, messages, music, news, notes, settings, store, ui, videos, weather # apps enter themselves into APPS
 from .apps import APPS, ICONS, MORE, Episode, find_app
-from .templates import KINDS, Kind, beginning, contents, kind_of
+from .templates import Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
 from ..tasks import Task
 
@@ -304,8 +304,6 @@ class WebShopping(Kind):
         if page.get("query") != normal(task.query): return 0.0
         if task.level == 2: return float(page["kind"] == "results")
         return float(page["kind"] == "product" and page["rank"] == 0 and not page["sponsored"])
-
-KINDS["webshop"] = WebShopping()
 
 # %% ../../nbs/phone/35_device.ipynb #66b3d71f
 @patch

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .apps import APPS
 from .device import SimPhone, WebShopping
 from .shops import asks_consent, organic
-from .templates import WAIT, kind_of, reachable
+from .templates import KINDS, WAIT, kind_of, reachable
 from .world import normal
 from ..tasks import Task
 
@@ -55,6 +55,8 @@ def move(self:WebShopping, phone, task):
     if detour and not own["focus"]: return ("press", "back")
     if page.get("wait"): return WAIT
     return in_shop(phone, own, page, task) if page.get("site") == task.site else to_shop(phone, own, page, task)
+
+KINDS["webshop"] = WebShopping()
 
 # %% ../../nbs/phone/36_truth.ipynb #12a-010
 def to_shop(

@@ -10,7 +10,6 @@ __all__ = ['KEYBOARDS', 'PACKAGES', 'COMMANDS', 'DENIALS', 'MOST_FILES', 'DISPLA
 import base64, io, json, math, re, struct
 from collections import deque
 from dataclasses import dataclass
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from fastcore.basics import patch
@@ -601,7 +600,7 @@ def _setprop(android, words):
     if words[0] == "debug.digiq.episode":
         seed, _, site = words[1].partition(":")
         if not re.fullmatch(r"\d+", seed): raise ShellError("setprop: debug.digiq.episode is SEED:SITE")
-        android.phone.reset(SimpleNamespace(site=site), int(seed))
+        android.phone.reset(Task("", "", 1, site, "", ""), int(seed))
     android.properties[words[0]] = words[1]
     return ""
 
