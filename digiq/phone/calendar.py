@@ -596,8 +596,9 @@ class WithGuest(Template):
         if self.shown(phone, f): return None
         return go(phone, "calendar", "search") or fill(phone, "find", f.name) or tap(phone, ("open", "event", f.id))
     def misses(self, data, f):
-        return {"another event": lambda phone,
-                _: to_event(phone, next(e for e in data["calendar"]["events"] if e["id"] != f.id))}
+        return {"another event": lambda phone, _: to_event(phone,
+                                                           next(e for e in data["calendar"]["events"]
+                                                                if e["id"] != f.id))}
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-062
 @template("clear a day", "calendar", level=3, horizon=15)

@@ -542,8 +542,8 @@ class FindPlace(Template):
     def shown(self, phone, f): return showing(phone, "maps", "place", f.place)
     def moves(self, phone, f): return None if self.shown(phone, f) else to_place(phone, f.place)
     def misses(self, data, f):
-        return {"another place": {"place": another(f.place)}, "its directions": lambda phone,
-                f: to_place(phone, f.place, ("route", f.place))}
+        return {"another place": {"place": another(f.place)}, "its directions": lambda phone, f: to_place(phone,
+                f.place, ("route", f.place))}
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-050
 @template("show directions", "maps", level=2)

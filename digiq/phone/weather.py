@@ -352,8 +352,10 @@ class DropTown(Template):
         if f.town in phone.data["weather"]["places"]:
             return go(phone, "weather", "order") or tap(phone, ("drop", f.town))
     def misses(self, data, f):
-        return {"another town": {"town": another_town(data, f.town)}, "only moved": lambda phone,
-                f: MoveTop().moves(phone, f)}
+        def two(phone, f):
+            left = [t for t in phone.data["weather"]["places"] if t in (f.town, another_town(data, f.town))]
+            return go(phone, "weather", "order") or tap(phone, ("drop", left[0])) if left else None
+        return {"another town": {"town": another_town(data, f.town)}, "two of them": two}
 
 # %% ../../nbs/phone/34i_weather.ipynb #34i-040
 def at_top(
