@@ -14,7 +14,6 @@ from fastcore.basics import patch
 
 from .. import tasks
 from ..core import DigiqError, read_json
-from ..method import training
 from ..method.scoring import Reranker
 from . import ceilings, evaluation, plots
 from .experiment import Experiment
@@ -118,8 +117,7 @@ def interpolations(self:Experiment,
     cfg, temperature, found = self.preset.evaluation, self.tune(name), {}
     for alpha in alphas:
         policy, start = self.load_trained(name), self.base_policy()
-        training.interpolate([*start.model.parameters()], [*policy.model.parameters()],
-            alpha/self.preset.actor.interpolation)
+        policy.interpolate(start.weights(), alpha/self.preset.actor.interpolation)
         store = self.play(f"interpolations/{name}/{alpha:g}", policy, "val", self.held_out(cfg.episodes, temperature))
         found[f"{alpha:g}"] = evaluation.success(evaluation.outcomes(store), self.shops("val"))
     self.update_metrics(interpolations={name: found})
