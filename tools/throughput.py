@@ -1,6 +1,7 @@
 """Steps a second of 1 to 8 nodes of sleeping phones, on this machine, in a network of its own, and answers a second of the
 built-in policy. Run it by hand, on an idle machine; it writes what chapters 57 and 58 show, and takes about five minutes."""
 import os, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +22,7 @@ from digiq.tasks import load
 from digiq.vlm.representation import model_path
 
 PHONES, NODES, PASSES = 8, (1, 2, 3, 4, 6, 8), 2
-STEPS = {1.: 8, .3: 20, .1: 40} # of each phone, by latency in seconds
+STEPS = {1.: 6, .3: 12, .1: 20} # of each phone, by latency in seconds
 SIZES = 1, 8, 64, 512 # of batches
 
 
@@ -31,7 +32,7 @@ def tell(*words): print(*words, file=sys.stderr, flush=True)
 def phones():
     "Steps a second, by nodes and latency."
     machines = Machines()
-    for _ in range(max(NODES)): machines.add(cpus=0, resources={"phone": PHONES})
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda _: machines.add(cpus=0, resources={"phone": PHONES}), range(max(NODES))))
     rates = {(n, latency): [] for latency in STEPS for n in NODES}
     with far_phones(Cluster(machines.ray.address), partial(sleepy_phones, PHONES, *STEPS)) as makers:
         a_node = PHONES * len(STEPS)
