@@ -33,7 +33,7 @@ def phones():
     "Steps a second, by nodes and latency."
     machines = Machines()
     with ThreadPoolExecutor(4) as pool: list(pool.map(lambda _: machines.add(cpus=0, resources={"phone": PHONES}), range(max(NODES))))
-    rates = {(n, latency): [] for latency in STEPS for n in NODES}
+    rates, busy = ({(n, latency): [] for latency in STEPS for n in NODES} for _ in range(2))
     with far_phones(Cluster(machines.ray.address), partial(sleepy_phones, PHONES, *STEPS)) as makers:
         a_node = PHONES * len(STEPS)
         assert len(makers) == max(NODES) * a_node
@@ -43,11 +43,13 @@ def phones():
         tell(len(machines.ray.worker_nodes), "nodes are up")
         for _ in range(PASSES):
             for n, latency in rates:
+                began = time.process_time()
                 rates[n, latency].append(steps_per_second(of[latency][:n * PHONES], STEPS[latency]))
+                busy[n, latency].append((time.process_time() - began) / (n * PHONES * STEPS[latency])) # with a reset to every few steps
                 tell(n, "nodes,", latency, "s:", rates[n, latency][-1], "steps/s")
             load.append(os.getloadavg()[0])
     return dict(cpus=os.cpu_count(), load=[round(x, 2) for x in load], phones=PHONES,
-        rates=[dict(nodes=n, latency=latency, rates=[round(r, 3) for r in found]) for (n, latency), found in rates.items()])
+        rates=[dict(nodes=n, latency=latency, rates=[round(r, 3) for r in found], busy=[round(b, 6) for b in busy[n, latency]]) for (n, latency), found in rates.items()])
 
 
 def states(n):
