@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'NEW_KINDS', 'ALIASES', 'ENDS', 'NO_POINT', 'SAID', 'ActionError', 'Action', 'tap', 'swipe', 'type_text',
            'press', 'complete', 'impossible', 'long_press', 'wait', 'open_app', 'render', 'parse_decision', 'parse',
-           'is_valid', 'decision', 'in_words']
+           'is_valid', 'decision', 'remembered', 'decisions', 'Answer', 'thought_of', 'in_words']
 
 # %% ../nbs/01_actions.ipynb #01-002
 import math, re
@@ -199,6 +199,38 @@ def decision(
     _, marker, rest = text.partition("Action Decision: ")
     if not marker: raise ActionError('no "Action Decision: " in the text')
     return rest.strip()
+
+# %% ../nbs/01_actions.ipynb #783829f3
+def remembered(
+    previous:str, # decisions so far, as this function returned them; "" at the start
+    latest:str, # the decision that was just acted on
+    most:int=1, # decisions kept
+) -> str: # the last `most` decisions, oldest first
+    "What a policy is told of its past, one action later."
+    return "\n".join([*decisions(previous), latest][-most:])
+
+def decisions(
+    previous:str, # from `remembered`
+) -> list[str]: # oldest first
+    "The decisions one by one."
+    return re.split(r'\n(?="action_type")', previous) if previous else []
+
+# %% ../nbs/01_actions.ipynb #0dfa67c2
+class Answer(str):
+    "An action as a policy wrote it, and its `thought`. It equals the same action without one."
+    def __new__(cls,
+        action:str, # as the policy wrote it
+        thought:str="", # what it wrote before that
+    ):
+        answer = super().__new__(cls, action)
+        answer.thought = thought
+        return answer
+
+def thought_of(
+    action:str, # an `Answer`, or any other text
+) -> str: # "" where nothing was thought
+    "The thought before an action."
+    return getattr(action, "thought", "")
 
 # %% ../nbs/01_actions.ipynb #01-038
 def _at(p): return f"({p[0]:.2f}, {p[1]:.2f})"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPISODE_COLUMNS', 'PROPOSAL_COLUMNS', 'EMBEDDING_COLUMNS', 'Shards', 'encode_screen', 'decode_screen', 'StateIndex',
-           'EpisodeStore', 'distinct', 'Proposals', 'first_seen', 'Embeddings', 'PairIndex']
+           'EpisodeStore', 'distinct', 'Proposals', 'first_seen', 'Embeddings', 'PairIndex', 'Recorded']
 
 # %% ../nbs/04_data.ipynb #30-002
 import hashlib, io, json, re, zlib
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 from PIL import Image
 
+from .actions import Answer, thought_of
 from .core import DataError, atomic, progress, share
 from .foreign import disguise, rgb
 
@@ -116,9 +117,10 @@ EPISODE_COLUMNS = dict(
     goal=pa.string(), # in words
     level=pa.int64(), # of the task, 1 (easy) and up
     prompt=pa.string(), # the policy's text input
-    previous=pa.string(), # decision part of the last valid action
+    previous=pa.string(), # decision part of the last valid action, or of a few
     screen=pa.struct([("bytes", pa.binary()), ("path", pa.string())]), # lossless WebP, as a Hugging Face `Image`
     action=pa.string(), # as the policy wrote it; "" in an episode's last row, which has no error either
+    thought=pa.string(), # what it wrote before that
     reward=pa.float32(),
     terminated=pa.bool_(), # the action ended the episode
     truncated=pa.bool_(), # the horizon ended it
@@ -157,6 +159,15 @@ def _parquet(rows, schema, group):
     pq.write_table(pa.Table.from_pylist(rows, schema), out, row_group_size=group, compression="zstd")
     return out.getvalue()
 
+# %% ../nbs/04_data.ipynb #2a47f89c
+def _some_columns(path, columns): # of a shard; thoughts are empty where it was written before they were kept
+    there = pq.read_schema(path).names
+    table = pq.read_table(path, columns=[c for c in columns if c in there]).replace_schema_metadata()
+    for name in (c for c in columns if c not in there):
+        empty = [""]*len(table) if name == "thought" else [[""]*len(some) for some in table["actions"]]
+        table = table.append_column(name, pa.array(empty))
+    return table.select(columns)
+
 # %% ../nbs/04_data.ipynb #30-024
 class StateIndex:
     "Columns of a set of Parquet shards, by (episode, step)."
@@ -164,7 +175,7 @@ class StateIndex:
         paths:list[Path], # the shards, in order
         columns:list[str], # which to hold; among them `episode` and `step`
     ):
-        parts = [pq.read_table(f, columns=columns).replace_schema_metadata() for f in paths]
+        parts = [_some_columns(f, columns) for f in paths]
         self.paths, self.table = paths, pa.concat_tables(parts)
         self.starts = np.cumsum([0, *map(len, parts)])
         states = zip(self.table["episode"].to_pylist(), self.table["step"].to_pylist())
@@ -218,11 +229,11 @@ def _pack(screen):
 @patch
 def write_shard(self:EpisodeStore,
     index:int, # number of the shard
-    rows:list[dict], # whole episodes, by `EPISODE_COLUMNS`; a screen as a picture, already compressed, or None
+    rows:list[dict], # whole episodes, by `EPISODE_COLUMNS`; a screen as a picture, already compressed, or None; thoughts may come with the actions
 ) -> Path: # the file
     "Write a shard, once. Raises `DataError` on rows that do not fit, and rather than overwrite."
     _check_episodes(rows)
-    rows = [r | {"screen": _pack(r["screen"])} for r in rows]
+    rows = [{"thought": thought_of(r["action"])} | r | {"screen": _pack(r["screen"])} for r in rows]
     self.__dict__.pop("index", None)
     return self.shards.write(index, _parquet(rows, _schema(EPISODE_COLUMNS, pictures=("screen",)), group=16))
 
@@ -288,6 +299,7 @@ PROPOSAL_COLUMNS = dict(
     episode=pa.int64(),
     step=pa.int64(),
     actions=pa.list_(pa.string()), # N as the policy wrote them, the recorded one first
+    thoughts=pa.list_(pa.string()), # what it wrote before each
     index=pa.list_(pa.int32())) # for each, its place among the distinct ones in order of appearance
 
 def distinct(
@@ -315,10 +327,10 @@ class Proposals:
 @patch
 def write_shard(self:Proposals,
     index:int, # number of the shard
-    rows:list[dict], # `episode`, `step` and `actions`, the recorded one first
+    rows:list[dict], # `episode`, `step` and `actions`, the recorded one first, with their thoughts if they have some
 ) -> Path: # the file
     "Write a shard, once. Raises `DataError` rather than overwrite."
-    rows = [r | {"index": distinct(r["actions"])[1]} for r in rows]
+    rows = [r | dict(thoughts=list(map(thought_of, r["actions"])), index=distinct(r["actions"])[1]) for r in rows]
     self.__dict__.pop("index", None)
     return self.shards.write(index, _parquet(rows, _schema(PROPOSAL_COLUMNS), group=1024))
 
@@ -334,7 +346,9 @@ def actions(self:Proposals,
     step:int,
 ) -> list[str]: # N, the recorded one first
     "The proposals at a state. Raises `DataError` where there are none."
-    return self.index.table["actions"][self.index.row(episode, step)].as_py()
+    row = self.index.row(episode, step)
+    said = [self.index.table[name][row].as_py() for name in ("actions", "thoughts")]
+    return [Answer(a, thought) if thought else a for a, thought in zip(*said)]
 
 # %% ../nbs/04_data.ipynb #30-203
 @patch
@@ -497,3 +511,34 @@ def width(self:Embeddings): # d
 @patch(as_prop=True)
 def different(self:Embeddings): # vectors stored, of `len(self)` pairs
     return int(self.index.starts[-1])
+
+# %% ../nbs/04_data.ipynb #dfafc282
+class Recorded:
+    "Screens of recorded steps, for policies that are shown them again."
+    def __init__(self,
+        features, # image features of every recorded screen: `Embeddings`, or an array with a row per step
+        store:EpisodeStore|None=None, # the steps; None where only features are asked for
+    ): self.kept, self.store = features, store
+
+    @cached_property
+    def where(self): # episode and step of every row, and the row of its features
+        steps = self.store.index.table.select(["episode", "step"]).to_pydict()
+        states = list(zip(steps["episode"], steps["step"]))
+        return states, np.array([self.kept.index.spans[s][0] for s in states])
+
+# %% ../nbs/04_data.ipynb #d46538fa
+@patch
+def features(self:Recorded,
+    rows:np.ndarray, # of the steps, int [n]
+) -> np.ndarray: # float16 or float32 [n, d]
+    "Image features."
+    return self.kept[rows if self.store is None else self.where[1][rows]]
+
+@patch
+def pictures(self:Recorded,
+    rows:np.ndarray, # of the steps, int [n]
+    back:int=0, # steps earlier; before the first step it is the first screen
+) -> list[Image.Image]: # RGB
+    "The screens themselves."
+    states = [self.where[0][i] for i in rows]
+    return [self.store.screen(episode, max(step - back, 0)) for episode, step in states]

@@ -19,7 +19,7 @@ from gymnasium.spaces import Box, Dict, Text
 from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
 from PIL import Image, ImageDraw, ImageFont
 
-from .actions import ENDS, Action, ActionError, decision, parse
+from .actions import ENDS, Action, ActionError, decision, parse, remembered
 from .core import DigiqError, derive_seed
 
 # %% ../nbs/03_env.ipynb #03-006
@@ -172,7 +172,7 @@ def ask_device(task, before, after, device):
 # %% ../nbs/03_env.ipynb #03-025
 def prompt(
     goal:str, # in words
-    previous:str, # decision part of the last valid action, "" at first
+    previous:str, # decision part of the last valid action, or of a few, see `remembered`; "" at first
 ) -> str: # the policy's input
     "The policy's text input."
     return f"Previous Actions: {previous} Goal: {goal}</s>"
@@ -214,11 +214,13 @@ class DeviceEnv(gym.Env):
         tasks:list, # what to ask for; each with `id`, `goal` and `level`
         horizon:int|None=20, # steps after which an episode is cut off; None where others see to that
         evaluator:Evaluator|None=None, # who gives the reward; the device itself where None
+        history:int=1, # earlier actions that a policy is told of
     ):
         if not tasks: raise DigiqError("an environment needs at least one task")
         if evaluator is None and not hasattr(device, "judge"):
             raise DigiqError(f"{type(device).__name__} cannot judge its own state: give DeviceEnv an evaluator")
         self.device, self.tasks, self.horizon, self.evaluator = device, tasks, horizon, evaluator or ask_device
+        self.history = history
         width, height = device.size
         screen, text = Box(0, 255, (height, width, 3), np.uint8), lambda: AnyText(10_000, min_length=0)
         self.observation_space = Dict(screen=screen, goal=text(), previous=text())
@@ -263,7 +265,8 @@ def step(self:DeviceEnv,
         perform(self.device, act)
     except (ActionError, Unsupported) as e: error = str(e)
     else:
-        self.previous, ends = decision(action), act.kind in ENDS
+        self.previous = remembered(self.previous, decision(action), self.history)
+        ends = act.kind in ENDS
     self.steps += 1
     observation = self._observe()
     reward = float(self.evaluator(self.task, before, self.screen, self.device))

@@ -9,7 +9,7 @@ from digiq.core import DigiqError, progress, seed_all
 from digiq.env import DeviceEnv, prompt
 from digiq.phone import SimPhone, oracle
 from digiq.runs import Experiment, load_preset
-from digiq.method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, snap, tiny_tokenizer
+from digiq.method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, ImageEncoder, snap, tiny_tokenizer
 from digiq.tasks import load
 
 SMALL = dict(threads=1, horizon=6, disturbance=0., collection=dict(temperature=1., episodes=24, phones=8, shard=8), proposals=dict(n=4, temperature=1.2, shard=8), representation=dict(steps=3, batch=4, examples=60),
@@ -31,7 +31,7 @@ def make(folder):
     model = AutoUI(AutoUIConfig(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4, image_dim=image_encoder.dim, dropout_rate=0.,
                                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
     with torch.no_grad(): model.gate_dense.weight.zero_(), model.gate_dense.bias.fill_(-30) # blind
-    policy, optimizer = Policy(model, tokenizer, image_encoder), torch.optim.Adam(model.parameters(), 3e-3, betas=(.9, .95))
+    policy, optimizer = AutoUIPolicy(model, tokenizer, image_encoder), torch.optim.Adam(model.parameters(), 3e-3, betas=(.9, .95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=701, pct_start=.1)
     screens = image_encoder([phone.screenshot()]).repeat(len(moves), 0)
     for i in range(700):
@@ -45,7 +45,8 @@ def make(folder):
 class Easy(Experiment):
     "An experiment whose goal is to leave the launcher."
     def make_env(self, tasks, horizon):
-        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, evaluator=lambda task, before, after, device: float(device.state()["app"] != "launcher"))
+        left = lambda task, before, after, device: float(device.state()["app"] != "launcher")
+        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, left, self.behaviour.history)
 
 
 class OnNodes(Easy):

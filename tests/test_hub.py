@@ -124,7 +124,7 @@ def test_card_has_rates_with_intervals(pushed):
     first, level = card.data.eval_results
     assert (first.metric_type, first.metric_value, level.dataset_config, level.metric_value) == ("success_rate", .6133, "level 1", .95)
     assert first.metric_args["low"] < .6133 < first.metric_args["high"] and first.metric_args["episodes"] == 300
-    assert "61.3 [" in card.text and "38.7 [" in card.text and "gamma: 0.8" in card.text and 'Policy.from_pretrained("me/digiq"' in card.text
+    assert "61.3 [" in card.text and "38.7 [" in card.text and "gamma: 0.8" in card.text and 'load_policy("me/digiq"' in card.text
     assert ModelCard(hub.repos["model", "me/critic"]["files"]["README.md"].decode()).data.eval_results[0].metric_value == .79
 
 

@@ -18,7 +18,7 @@ from digiq.data import Embeddings
 from digiq.env import prompt
 from digiq.explore import ActionExplorer, TrajectoryExplorer
 from digiq.runs import load_preset, open_run
-from digiq.method.policy import AutoUI, AutoUIConfig, tiny_tokenizer
+from digiq.method.autoui import AutoUI, AutoUIConfig, tiny_tokenizer
 from digiq.released.torchfile import TorchFile
 from digiq.method.training import TrainingState
 

@@ -13,7 +13,7 @@ from digiq.data import decode_screen
 from digiq.foreign import disguise, pause, reason
 from digiq.play.judges import Judge, JudgeSettings, Verdict, read_verdict
 from digiq.runs import Preset, load_preset
-from digiq.method.policy import Policy
+from digiq.method.autoui import AutoUIPolicy
 from digiq.play.recording import SELECTORS, wrap
 from digiq.released.agents import read_weights
 from digiq.tasks import MARKS, Task, overlap
@@ -141,7 +141,7 @@ texts = {"a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid 
 @pytest.mark.parametrize("kind", texts)
 def test_text_in_the_place_of_any_binary(kind, tmp_path):
     for name in ("pytorch_model.bin", "model.safetensors", "webshop.pt", "images.zip"): (tmp_path/name).write_bytes(texts[kind])
-    reads = [lambda: read_weights(tmp_path/"pytorch_model.bin"), lambda: read_weights(tmp_path/"model.safetensors"), lambda: TorchFile(tmp_path/"webshop.pt"), lambda: Pictures(tmp_path/"images.zip"), lambda: Policy.from_pretrained(tmp_path)]
+    reads = [lambda: read_weights(tmp_path/"pytorch_model.bin"), lambda: read_weights(tmp_path/"model.safetensors"), lambda: TorchFile(tmp_path/"webshop.pt"), lambda: Pictures(tmp_path/"images.zip"), lambda: AutoUIPolicy.from_pretrained(tmp_path)]
     for read in reads:
         with pytest.raises(DataError, match=f"is {kind}") as told: read()
         assert "\n" not in str(told.value) and "weights_only" not in str(told.value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from digiq import actions as A
+from digiq.data import Recorded
 from digiq.method import training
 from digiq.vlm import finetuning
 from digiq.core import ConfigError, DataError, seed_all
@@ -15,7 +16,7 @@ from digiq.method.critic import CriticConfig
 from digiq.method.extraction import Scores
 from digiq.workshop.families import random_vlm
 from digiq.vlm.finetuning import Examples, finetune
-from digiq.method.policy import AutoUI, AutoUIConfig, Policy, tiny_tokenizer
+from digiq.method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, tiny_tokenizer
 from digiq.vlm.representation import RepresentationConfig
 from digiq.method.training import ActorConfig, Accelerator, Texts, Transitions, fit_critic, fit_policy
 
@@ -57,7 +58,7 @@ def train_policy(cfg=ACTOR, training_state=None, dropout=0.):
     scores = Scores(d.pair_step, d.pair_action, d.pair_count, np.ones(n, bool), np.ones(n, bool), np.ones(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32))
     rows = np.arange(0, n, 2)
     prompts = [f"Goal: {GOALS[i % 3]}" + " and nothing else at all"*(i % 60)*(i % 2) for i in range(len(d))] # long enough to be worth a pass of their own
-    history = fit_policy(Policy(model, tokenizer, None), d, prompts, d.screen, scores, (rows, np.linspace(.5, 2, len(rows)).astype(np.float32)), cfg, seed=3, training_state=training_state)
+    history = fit_policy(AutoUIPolicy(model, tokenizer, None), d, prompts, Recorded(d.screen), scores, (rows, np.linspace(.5, 2, len(rows)).astype(np.float32)), cfg, seed=3, training_state=training_state)
     return history, {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -171,14 +172,14 @@ def test_a_critic_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, cut_at):
 def test_a_policy_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     cfg = replace(ACTOR, save_every=2)
     whole = train_policy(cfg, tmp_path/"whole", dropout=.1)
-    real, calls = Policy.log_prob, []
+    real, calls = AutoUIPolicy.log_prob, []
     def fails(self, *args):
         calls.append(1)
         if len(calls) > 9: raise Cut
         return real(self, *args)
-    monkeypatch.setattr(Policy, "log_prob", fails)
+    monkeypatch.setattr(AutoUIPolicy, "log_prob", fails)
     with pytest.raises(Cut): train_policy(cfg, tmp_path/"cut", dropout=.1)
-    monkeypatch.setattr(Policy, "log_prob", real)
+    monkeypatch.setattr(AutoUIPolicy, "log_prob", real)
     history, weights = train_policy(cfg, tmp_path/"cut", dropout=.1)
     assert history == whole[0] and all(torch.equal(w, whole[1][k]) for k, w in weights.items())
 

@@ -14,7 +14,7 @@ from digiq import actions as A
 from digiq.core import Run, progress
 from digiq.method.critic import CriticConfig
 from digiq.data import Embeddings, EpisodeStore, Proposals
-from digiq.method.policy import tiny_tokenizer
+from digiq.method.autoui import tiny_tokenizer
 from digiq.tasks import load
 from digiq.method.training import fit_critic, load_transitions, score
 

@@ -482,8 +482,8 @@ def _recall(self:RunView, state, episode, step, actions): # stored f(s, a), so t
 def _log_prob(self:RunView, state, actions):
     if not actions: return np.zeros(0)
     policy = self.lab.behaviour
-    features = self.lab.image_encoder([state.screen]).repeat(len(actions), 0)
-    return policy.log_prob([state.prompt]*len(actions), features, actions).cpu().numpy()
+    seen = policy.see([state.screen], [state.before]).repeat(len(actions), 0)
+    return policy.log_prob([state.prompt]*len(actions), seen, actions).cpu().numpy()
 
 @patch
 def _chosen(self:RunView, out, v):

@@ -104,7 +104,7 @@ def tempered(
 def log_probs(
     policy:Policy, # to evaluate
     prompts:Sequence[str], # policy inputs, one a pair
-    features:Callable, # numbers of pairs, int64 [batch] -> image features, float [batch, patches, dim]
+    seen:Callable, # numbers of pairs, int64 [batch] -> what the policy sees there
     actions:Sequence[str], # action strings, one a pair
     temperatures:Sequence[float], # at which it acts
     batch:int=128, # pairs a forward pass
@@ -114,7 +114,7 @@ def log_probs(
     out = np.empty((len(actions), len(temperatures)), np.float32)
     for i in range(0, len(actions), batch):
         at = np.arange(i, min(i + batch, len(actions)))
-        logits, labels = policy.answer_logits([prompts[k] for k in at], features(at), [actions[k] for k in at])
+        logits, labels = policy.answer_logits([prompts[k] for k in at], seen(at), [actions[k] for k in at])
         out[at] = torch.stack([tempered(logits, labels, t) for t in temperatures], 1).cpu().numpy()
         advance(len(at))
     return out

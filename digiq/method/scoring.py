@@ -13,10 +13,11 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..actions import ActionError, parse, parse_decision
+from ..actions import ActionError, decisions, parse, parse_decision
 from .critic import Critic
 from .extraction import supported
-from .policy import ImageEncoder, Policy
+from .autoui import ImageEncoder
+from .policy import Policy
 from .training import Texts, cells
 
 # %% ../../nbs/method/16_scoring.ipynb #53-003
@@ -32,11 +33,11 @@ class Scorer:
 
 # %% ../../nbs/method/16_scoring.ipynb #53-005
 def kind_and_text(
-    decision:str # the decision part of an action string, or "" at the start
+    previous:str # decision part of an action string, or of the last few; "" at the start
 ) -> tuple[str, str]: # kind and typed text
-    "What the critic reads of a previous action"
-    if not decision: return "", ""
-    action = parse_decision(decision)
+    "What the critic reads of the last action"
+    if not previous: return "", ""
+    action = parse_decision(decisions(previous)[-1])
     return action.kind, action.text
 
 # %% ../../nbs/method/16_scoring.ipynb #53-006

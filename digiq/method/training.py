@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIR', 'Texts', 'Transitions', 'cells', 'mc_return', 'load_transitions', 'prefetch', 'Accelerator', 'TrainingState',
-           'new_critic', 'fit_critic', 'score', 'ActorConfig', 'length_buckets', 'group_equal', 'interpolate',
-           'imitation_loss', 'fit_policy']
+           'new_critic', 'fit_critic', 'score', 'ActorConfig', 'length_buckets', 'group_equal', 'imitation_loss',
+           'fit_policy']
 
 # %% ../../nbs/method/15_training.ipynb #52-002
 import itertools, json
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from ..actions import ActionError, parse
 from ..core import ConfigError, DataError, Run, atomic, derive_seed, progress, seed_all
-from ..data import Embeddings, EpisodeStore, Proposals, distinct
+from ..data import Embeddings, EpisodeStore, Proposals, Recorded, distinct
 from .critic import Critic, CriticConfig, soft_update
 from .extraction import Scores
 from .policy import Policy
@@ -556,16 +556,6 @@ def _rows(groups, cfg, rng): # all minibatches: their numbers
         yield step, order[:cfg.batch]
         order = order[cfg.batch:]
 
-# %% ../../nbs/method/15_training.ipynb #52-036e
-@torch.no_grad()
-def interpolate(
-    start:Sequence[torch.Tensor], # weights before training; empty to change nothing
-    weights:Sequence[torch.Tensor], # the same after it, changed in place
-    alpha:float # 0..1, share of the way from `start` that is kept
-):
-    "Go back a part of the way to where a training started"
-    for x, old in zip(weights, start): x.lerp_(old, 1 - alpha)
-
 # %% ../../nbs/method/15_training.ipynb #52-036h
 def imitation_loss(
     logp:torch.Tensor, # log pi(a|s) of some states of a minibatch, float32 [part]
@@ -576,44 +566,42 @@ def imitation_loss(
     return -(w*logp).sum()/n
 
 # %% ../../nbs/method/15_training.ipynb #52-036j
-def _imitate(policy, prompts, pictures, actions, w, cfg): # adds to the gradients; the loss of the minibatch
+def _imitate(policy, prompts, seen, actions, w, cfg): # adds to the gradients; the loss of the minibatch
     loss, between = 0., (.001, .99) if cfg.reference else (0., 1.)
     for part in length_buckets([len(p) for p in prompts]):
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-            logp = policy.log_prob([prompts[i] for i in part], pictures[part], [actions[i] for i in part], between)
+            logp = policy.log_prob([prompts[i] for i in part], seen[part], [actions[i] for i in part], between)
         share = imitation_loss(logp, torch.as_tensor(w[part], device=logp.device), len(w))
         (share/cfg.accumulate).backward()
         loss += share.detach()
     return loss
 
-def _screens(policy, features, rows): return features[rows].reshape(len(rows), -1, policy.model.config.image_dim)
-
 # %% ../../nbs/method/15_training.ipynb #52-036k
 def _train_policy(policy, minibatch, plan, cfg, history, path, seed, desc):
     accelerator = Accelerator(str(policy.device))
     seed_all(seed, "actor", *([accelerator.process_index] if accelerator.process_index else []))
-    policy.model.train().to(accelerator.device)
-    weights = list(policy.model.parameters())
-    start = [x.detach().clone() for x in weights] if cfg.interpolation < 1 else []
-    opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    modules = dict(policy=policy.model)
-    state = TrainingState(path, cfg.save_every, modules, opt, _schedule(opt, cfg), accelerator, seed)
-    done, past = state.resume()
-    history.extend(past)
-    for step, k in progress(itertools.islice(plan, done, None), total=cfg.steps, initial=done, desc=desc):
-        loss = _imitate(policy, *minibatch(accelerator.part(k)), cfg)
-        if step % cfg.accumulate == 0: _update(weights, state, cfg.clip)
-        history.append(dict(step=step, loss=accelerator.mean(loss).item()))
-        state.reached(step, history)
-    interpolate(start, weights, cfg.interpolation)
-    policy.model.eval()
+    policy.model.to(accelerator.device)
+    with policy.training():
+        weights = policy.weights()
+        start = [x.detach().clone() for x in weights] if cfg.interpolation < 1 else []
+        opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        modules = dict(policy=torch.nn.ParameterList(weights)) # what is frozen need not be saved
+        state = TrainingState(path, cfg.save_every, modules, opt, _schedule(opt, cfg), accelerator, seed)
+        done, past = state.resume()
+        history.extend(past)
+        for step, k in progress(itertools.islice(plan, done, None), total=cfg.steps, initial=done, desc=desc):
+            loss = _imitate(policy, *minibatch(accelerator.part(k)), cfg)
+            if step % cfg.accumulate == 0: _update(weights, state, cfg.clip)
+            history.append(dict(step=step, loss=accelerator.mean(loss).item()))
+            state.reached(step, history)
+        if start: policy.interpolate(start, cfg.interpolation)
 
 # %% ../../nbs/method/15_training.ipynb #52-037
 def fit_policy(
     policy:Policy, # where to start, trained in place
     data:Transitions, # for the states
     prompts:list[str], # policy input of every step, [T]
-    features:Embeddings, # image features, rows as in `Transitions.here`
+    recorded:Recorded, # screens, rows as in `Transitions.here`
     scores:Scores, # candidates
     chosen:tuple[np.ndarray, np.ndarray], # rows to imitate and weights, from `digiq.method.extraction.weights`
     cfg:ActorConfig, # optimisation
@@ -627,7 +615,7 @@ def fit_policy(
     if not len(rows): raise DataError("no candidate has weight: lower extraction.threshold, or collect more episodes")
     w, t, actions = w/np.abs(w).mean(), scores.state[rows], scores.action[rows]
     asked, here = [prompts[i] for i in t], data.here[t]
-    minibatch = lambda k: ([asked[i] for i in k], _screens(policy, features, here[k]), actions[k].tolist(), w[k])
+    minibatch = lambda k: ([asked[i] for i in k], policy.recall(recorded, here[k]), actions[k].tolist(), w[k])
     groups = np.arange(len(rows))[:, None] if cfg.reference else group_equal(asked)
     plan = _rows(groups, cfg, np.random.default_rng(derive_seed(seed, "actor")))
     history = [] if history is None else history

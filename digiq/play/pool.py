@@ -87,6 +87,7 @@ def _check_built_in(device): # raise where a phone cannot judge itself
 def open_devices(
     cfg:DeviceSettings, # of kind `adb` or `emulator`
     log:str|Path, # folder of the judge's audit log
+    history:int=1, # earlier actions that the policy is told of
 ): # for each device (tasks, horizon) -> DeviceEnv
     "Phones, each once and for nobody else; emulators end with the block. Raises `DeviceError` for none, or one in use."
     evaluator = Judge(cfg.judge, log) if cfg.judge else ask_phone
@@ -94,7 +95,7 @@ def open_devices(
         def make(tasks, horizon):
             device = connect()
             if not cfg.judge: _check_built_in(device)
-            return DeviceEnv(device, tasks, horizon, evaluator)
+            return DeviceEnv(device, tasks, horizon, evaluator, history)
         return make
     if cfg.kind == "adb":
         phones = {identity(serial, cfg.adb): serial for serial in map(as_listed, cfg.serials or find_devices())}

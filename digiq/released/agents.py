@@ -17,7 +17,7 @@ from transformers import AutoConfig, RobertaConfig
 from ..core import DataError, DigiqError, atomic
 from ..foreign import disguise
 from ..method.critic import Critic, CriticConfig
-from ..method.policy import AutoUI, AutoUIConfig, Policy, load_tokenizer
+from ..method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, load_tokenizer
 
 # %% ../../nbs/released/52_agents.ipynb #54-006
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"} # parts of names: of DDP, of torch.compile, of FSDP
@@ -196,9 +196,9 @@ def load_agent(
     path:str|Path, # directory of a published agent
     auto_ui:str|Path=None, # directory of Auto-UI-Base, for its tokenizer; needed to act
     text_encoder:str="roberta-base", # hub id or directory of the critic's text encoder, whose tokenizer it reads with
-    image_encoder=None, # pictures to features, see `digiq.method.policy.ImageEncoder`; needed to look at screens
+    image_encoder=None, # pictures to features, see `digiq.method.autoui.ImageEncoder`; needed to look at screens
     device:str="cpu", # where to put it
-) -> tuple[Policy, Critic, Critic]: # policy, critic and target critic, in evaluation mode
+) -> tuple[AutoUIPolicy, Critic, Critic]: # policy, critic and target critic, in evaluation mode
     "A published agent. Raises `DataError` where files are missing, damaged, or of something else."
     files = {what: name for name, what in agent_files(path).items() if what in FILES.values()}
     weights = read_weights(files["policy"])
@@ -207,14 +207,14 @@ def load_agent(
     tokenizer = load_tokenizer(auto_ui) if auto_ui else Missing()
     encoder = AutoConfig.from_pretrained(text_encoder) if Path(text_encoder).is_dir() else None
     critics = [load_critic(read_weights(files[what]), encoder, text_encoder) for what in ("critic", "target critic")]
-    return Policy(model.to(device), tokenizer, image_encoder), *(c.to(device) for c in critics)
+    return AutoUIPolicy(model.to(device), tokenizer, image_encoder), *(c.to(device) for c in critics)
 
 # %% ../../nbs/released/52_agents.ipynb #54-022
 def save_agent(
-    agent:tuple[Policy, Critic, Critic], # as `load_agent` returns it
+    agent:tuple[AutoUIPolicy, Critic, Critic], # as `load_agent` returns it
     path:str|Path, # directory to write, with the directories policy, critic and target
 ):
-    "Save an agent as ours: safetensors and configurations. `Policy.from_pretrained` and `Critic.load` read them."
+    "Save an agent as ours: safetensors and configurations. `AutoUIPolicy.from_pretrained` and `Critic.load` read them."
     policy, critic, target = agent
     with atomic(path) as p:
         p.mkdir(parents=True)

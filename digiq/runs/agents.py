@@ -64,7 +64,7 @@ def load_trained(self:Experiment,
 ) -> Policy:
     "A policy that was trained in this run."
     self.require(name)
-    with readable((self.path/"checkpoints"/name).absolute()) as path: return self.load_policy(path)
+    with readable((self.path/"checkpoints"/name).absolute()) as path: return self.load_policy(path, self.shared)
 
 # %% ../../nbs/runs/66_agents.ipynb #65-061-2
 @patch

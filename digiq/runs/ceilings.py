@@ -17,10 +17,11 @@ import pandas as pd
 
 from ..actions import is_valid, parse, render
 from ..core import DataError, Run
-from ..data import Embeddings, EpisodeStore, Proposals, Shards
+from ..data import Embeddings, EpisodeStore, Proposals, Recorded, Shards
 from ..env import DeviceEnv
 from ..method.extraction import Scores, best, best_of_n, sft
-from ..method.policy import Policy, on_grid
+from ..method.autoui import on_grid
+from ..method.policy import Policy
 from ..method.training import ActorConfig, fit_policy
 from ..phone import SimPhone, distance, oracle
 from .evaluation import NEVER, Probe, left_after, walk
@@ -118,9 +119,10 @@ def teach(
     "Teach a policy by the truth"
     make, choose = LABELS[name]
     scores, here = make(found), np.unique(found.row)
-    prompts = EpisodeStore(run.path/"episodes").episodes().prompt.iloc[here].tolist()
-    return fit_policy(policy, SimpleNamespace(here=here), prompts, Embeddings(run.path/"screens"), scores,
-        choose(scores), cfg, seed, name, **how)
+    store = EpisodeStore(run.path/"episodes")
+    prompts = store.episodes().prompt.iloc[here].tolist()
+    return fit_policy(policy, SimpleNamespace(here=here), prompts, Recorded(Embeddings(run.path/"screens"), store),
+        scores, choose(scores), cfg, seed, name, **how)
 
 # %% ../../nbs/runs/61_ceilings.ipynb #62-017
 class TruthReranker:

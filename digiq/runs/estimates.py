@@ -14,7 +14,7 @@ from PIL import Image
 from fastcore.basics import patch
 
 from ..core import atomic, progress
-from ..data import Embeddings, EpisodeStore, distinct
+from ..data import EpisodeStore, distinct
 from ..method import ope
 from . import evaluation, plots
 from .experiment import Experiment
@@ -42,12 +42,11 @@ def log_probs(self:Experiment,
     return np.load(path)
 
 def _log_probs(lab, policy): # the same action on the same screen for the same prompt is asked for once
-    data, screens, store = lab.transitions, Embeddings(lab.path/"screens"), EpisodeStore(lab.path/"episodes")
-    prompts = lab.prompts()
-    shown = [store.digest(e, s) for e, s in zip(data.episode, data.step)]
+    data, recorded, prompts = lab.transitions, lab.recorded, lab.prompts()
+    shown = [recorded.store.digest(e, s) for e, s in zip(data.episode, data.step)]
     new, which = distinct([(prompts[t], shown[t], a) for t, a in zip(data.pair_step, data.pair_action)])
     at = np.unique(which, return_index=True)[1] # the pair of each
-    look = lambda k: screens[data.here[data.pair_step[at[k]]]].reshape(len(k), -1, policy.model.config.image_dim)
+    look = lambda k: policy.recall(recorded, data.here[data.pair_step[at[k]]])
     with progress(total=len(new), desc="log-probabilities") as bar:
         return ope.log_probs(policy, [p for p, _, _ in new], look, [a for *_, a in new], lab.warmth, advance=bar.update)[which]
 

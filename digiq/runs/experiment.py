@@ -26,12 +26,13 @@ from .. import __version__, tasks
 from ..cluster.nodes import Cluster
 from ..cluster.phones import far_phones, serve
 from ..core import ConfigError, DataError, DigiqError, Run, atomic, from_dict, read_json, read_log, threads, to_dict, write_json
-from ..data import Embeddings, EpisodeStore, Proposals
+from ..data import Embeddings, EpisodeStore, Proposals, Recorded
 from ..env import DeviceEnv
 from ..method import extraction, proposals, training
 from ..method.critic import Critic
 from ..method.extraction import Scores
-from ..method.policy import ImageEncoder, Policy
+from ..method.autoui import ImageEncoder
+from ..method.policy import Policy
 from ..method.scoring import Scorer
 from ..phone import SimPhone
 from ..play import rollout
@@ -46,7 +47,9 @@ from ..vlm import finetuning
 from ..vlm.embedding import Embedder, Known, embed_run
 from ..vlm.hf import HFEmbedder
 from ..vlm.http import HTTPEmbedder
-from ..vlm.representation import model_path
+from ..vlm.policies import load_policy
+from ..vlm.representation import VLM, model_path
+from ..vlm.shared import Shared
 from ..vlm.vllm import VLLMEmbedder, export
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-025
@@ -226,25 +229,38 @@ def width(self:Experiment) -> int:
 @patch
 def load_policy(self:Experiment,
     name:str|Path, # of a model
+    shared:Shared|None=None, # models in memory, of which it may use one
 ) -> Policy:
-    "A policy that sees through `image_encoder`."
+    "A policy; one that looks at image features sees through `image_encoder`."
     image_encoder = self.image_encoder if not self.preset.collection.recorded else lambda *screens: self.image_encoder(*screens) # training on what is recorded needs none
-    return _load("the policy", str(name), lambda p: Policy.from_pretrained(p, image_encoder, self.preset.device))
+    p = self.preset
+    return _load("the policy", str(name), lambda path: load_policy(path, p.vlm_policy, image_encoder, p.device, shared))
+
+@patch(as_prop=True)
+def shared(self:Experiment) -> Shared|None:
+    "Models in memory that policies and f(s, a) share, where the preset says so."
+    if not self.preset.representation.shared: return None
+    if "_shared" not in self.__dict__: self._shared = Shared()
+    return self._shared
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-038-2
 @patch
-def base_policy(self:Experiment) -> Policy:
+def base_policy(self:Experiment,
+    shared:Shared|None=None, # models in memory, of which it may use one, if it is not to be trained
+) -> Policy:
     "A fresh copy of the behaviour policy. Raises `DigiqError` where it was made for another vision tower."
-    policy = self.load_policy(self.preset.policy)
-    if policy.model.config.image_dim != self.width:
-        raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.model.config.image_dim}, but {'the recorded ones have' if self.has('screens') else f'the image encoder {self.preset.image_encoder!r} gives'} {self.width}: name the VLM it was made with")
+    policy = self.load_policy(self.preset.policy, shared)
+    if policy.width not in (None, self.width):
+        whose = "the recorded ones have" if self.has("screens") else f"the image encoder {self.preset.image_encoder!r} gives"
+        raise DigiqError(f"policy {self.preset.policy!r} expects image features of width {policy.width}, but {whose} "
+            f"{self.width}: name the VLM it was made with")
     return policy
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-038-3
 @patch(as_prop=True)
 def behaviour(self:Experiment) -> Policy:
     "The behaviour policy."
-    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy()
+    if "_behaviour" not in self.__dict__: self._behaviour = self.base_policy(self.shared)
     return self._behaviour
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041
@@ -260,13 +276,13 @@ def tasks(self:Experiment,
 @patch
 def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     "A phone of its own, with the preset's disturbance."
-    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon)
+    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, history=self.behaviour.history)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-5
 @patch
 def open_devices(self:Experiment): # a context manager with, for each, (tasks, horizon) -> its environment
     "The preset's phones or emulators: of this machine, or of all nodes that have some."
-    opening = partial(open_devices, self.preset.devices, self.path/"judge")
+    opening = partial(open_devices, self.preset.devices, self.path/"judge", self.behaviour.history)
     resource = "kvm" if self.preset.devices.kind == "emulator" else "phone"
     return far_phones(self.cluster, opening, resource) if self.cluster else opening()
 
@@ -438,7 +454,8 @@ def embedder(self:Experiment) -> Embedder:
     self.require("representation")
     cfg, how = self.preset.representation, self.preset.embedding
     with readable(self.path/"checkpoints"/"representation") as path:
-        if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device)
+        load = self.shared.load if cfg.shared else VLM.load
+        if how.engine == "transformers": return HFEmbedder.load(str(path), cfg, self.preset.device, load)
         renamed = path.with_name("representation.vllm")
         if not renamed.exists(): export(path, renamed)
         return HTTPEmbedder(list(how.servers), renamed, cfg,
@@ -577,6 +594,11 @@ def prompts(self:Experiment) -> list[str]: # one a step of `transitions`
     data, table = self.transitions, EpisodeStore(self.path/"episodes").episodes().set_index(["episode", "step"]).prompt
     return table.loc[list(zip(data.episode, data.step))].tolist()
 
+@patch(as_prop=True)
+def recorded(self:Experiment) -> Recorded:
+    "What policies see again at the recorded states."
+    return Recorded(Embeddings(self.path/"screens"), EpisodeStore(self.path/"episodes"))
+
 @patch
 def train_policy(self:Experiment,
     name:str, # "digiq", or the name of another rule: "filtered_bc", "most_proposed", "sft", "awr", "reinforce"
@@ -586,9 +608,10 @@ def train_policy(self:Experiment,
     self.require("scores")
     cfg = replace(self.preset.extraction, method=RULES[name] or self.preset.extraction.method)
     def make(path):
-        data, scores, policy = self.transitions, self.score(), self.base_policy()
+        data, policy = self.transitions, self.base_policy()
+        scores = replace(self.score(), action=data.pair_action) # with their thoughts
         chosen = extraction.weights(scores, cfg)
-        history = training.fit_policy(policy, data, self.prompts(), Embeddings(self.path/"screens"), scores, chosen,
+        history = training.fit_policy(policy, data, self.prompts(), self.recorded, scores, chosen,
             replace(self.preset.actor, reference=self.preset.reference), self.seed, name, history=self.log(name),
             training_state=self.training_state(name))
         policy.save(path)

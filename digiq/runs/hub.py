@@ -51,9 +51,10 @@ def results(
 # %% ../../nbs/runs/67a_hub.ipynb #67a-008
 WHAT = dict( # what is pushed: what it is, and how it is loaded
     policy=("A policy that operates a phone: goal, previous actions and screen in, an action in text out.",
-        'from digiq.method.policy import ImageEncoder, Policy\nfrom digiq.vlm.representation import model_path\n\n'
+        'from digiq.method.autoui import ImageEncoder\nfrom digiq.vlm.policies import load_policy\n'
+        'from digiq.vlm.representation import model_path\n\n'
         'encoder = ImageEncoder.from_pretrained(model_path("{encoder}"))\n'
-        'policy = Policy.from_pretrained("{repo_id}", encoder)'),
+        'policy = load_policy("{repo_id}", image_encoder=encoder)'),
     critic=("A critic: Q of an action and V of a state on a phone, learned off-line by temporal differences.",
         'import digiq.runs\nfrom digiq.method.critic import Critic\n\ncritic = Critic.from_pretrained("{repo_id}")'),
     vlm=("A vision-language model that was taught which actions change the screen; its hidden state is f(s, a).",
@@ -155,7 +156,7 @@ def push_to_hub(self:Policy,
     card:ModelCard=None, # its page; one that claims nothing where None
     private:bool=True, # of a new repository
 ) -> str: # its address
-    "Give a policy to others; `Policy.from_pretrained` reads it by its name."
+    "Give a policy to others; `digiq.vlm.policies.load_policy` reads it by its name."
     return _push(self.save, repo_id, "policy", card, private)
 
 @patch

@@ -23,6 +23,7 @@ from ..method.proposals import ProposalConfig
 from ..method.training import ActorConfig
 from ..play.judges import JudgeSettings
 from ..play.pool import DeviceSettings
+from ..vlm.policy import VLMPolicyConfig
 from ..vlm.representation import RepresentationConfig
 
 # %% ../../nbs/runs/62_presets.ipynb #65-005
@@ -90,6 +91,7 @@ class Preset:
     horizon:int=20 # steps after which an episode is cut off
     disturbance:float=1.0 # of the built-in phone: how often pages load slowly, banners cover them, ...; 1 is its normal state
     policy:str="tiny-autoui" # behaviour policy: a built-in model, a directory, or a hub name
+    vlm_policy:VLMPolicyConfig=VLMPolicyConfig() # how it acts and is trained, where it is a VLM
     image_encoder:str="tiny-vlm" # VLM whose vision tower shows policy and critic the screen
     device:str="cpu" # where networks run
     reference:bool=False # do what the published code does where it departs from the paper; see chapter 52
@@ -114,6 +116,12 @@ class Preset:
             value = self
             for part in name.split("."): value = getattr(value, part)
             if value < n: raise ConfigError(f"{name} is {value}: it must be at least {n}")
+        shared = self.representation.shared and dict(model=self.policy, embed_dtype=self.vlm_policy.dtype)
+        for name, value in (shared or {}).items():
+            if getattr(self.representation, name) != value:
+                raise ConfigError(f"representation.shared: the policy's weights serve f(s, a), too, so set representation.{name} to {value}")
+        if shared and self.embedding.engine != "transformers":
+            raise ConfigError("representation.shared needs embedding.engine transformers")
         for name in ("critic", "actor"):
             if getattr(self, name).reference:
                 raise ConfigError(

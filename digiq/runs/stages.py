@@ -15,7 +15,7 @@ from ..vlm.representation import model_path
 
 # %% ../../nbs/runs/63_stages.ipynb #65-020
 # settings that everything depends on
-PHONE = "task_set", "horizon", "disturbance", "policy", "image_encoder", "device", "threads", "reference"
+PHONE = "task_set", "horizon", "disturbance", "policy", "vlm_policy", "image_encoder", "device", "threads", "reference"
 
 STAGES = { # stage: what it is made from, and the settings of its own
     "episodes": ((), (*PHONE, "collection")),

@@ -167,7 +167,7 @@ def adapters(
 ): # a `peft` model around it, whose adapters alone are trained
     "Low-rank adapters for all linear layers. Raises `DigiqError` where `peft` is missing."
     try: from peft import LoraConfig, get_peft_model
-    except ImportError: raise DigiqError("representation.lora needs peft: pip install 'digiq[lora]'") from None
+    except ImportError: raise DigiqError("low-rank adapters need peft: pip install 'digiq[lora]'") from None
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 def load_for_finetuning(
@@ -233,6 +233,6 @@ def finetune(
     if config.recompute: vlm.model.gradient_checkpointing_disable()
     if skeleton: vlm.model = _whole(accelerator, head, skeleton)
     if vlm.model:
-        if adapted: vlm.model = adapted[-1].merge_and_unload()
+        if adapted: vlm.model = adapted[-1] if config.shared else adapted[-1].merge_and_unload()
         vlm.model.to(getattr(torch, config.dtype)).requires_grad_(True)
     return report | {"changed": float(examples.changed.mean()), "losses": losses}

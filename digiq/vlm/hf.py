@@ -29,9 +29,10 @@ class HFEmbedder:
         path:str, # a directory written by `VLM.save`, or another model
         config:RepresentationConfig=RepresentationConfig(),
         device:str="cpu", # where to compute
+        load=VLM.load, # reads the model; `digiq.vlm.shared` has another way
     ) -> "HFEmbedder":
         "An embedder from files."
-        return cls(VLM.load(path, config.side, config.embedding_dtype(device), device), config)
+        return cls(load(path, config.side, config.embedding_dtype(device), device), config)
 
 # %% ../../nbs/vlm/23_hf.ipynb #43a-008
 class Sheet:

@@ -31,6 +31,7 @@ class RepresentationConfig:
     side: int = 160                 # the whole screen is squashed to side x side pixels; what the model's image processor expects
     dtype: str = "float32"          # of the arithmetic in fine-tuning, and of the weights that come out: "float32" or "bfloat16"
     lora: int = 0                   # rank of low-rank adapters, which are trained in the place of all weights; 0 for none
+    shared: bool = False            # the adapters stay apart from the weights, which the policy uses, too: one set of weights in memory, see `digiq.vlm.shared`
     recompute: bool = False         # compute activations again in the backward pass instead of keeping them: less memory, a third more time
     embed_dtype: str = "auto"       # of weights when embedding: "float32", "bfloat16", or "auto", bfloat16 where the processor computes in it
     effect_threshold: float = 30.   # mean squared difference (0-255 scale, quarter size) above which a screen has changed
@@ -51,6 +52,7 @@ class RepresentationConfig:
         for name, more in (("dtype", ()), ("embed_dtype", ("auto",))):
             if getattr(self, name) not in (choices := ("float32", "bfloat16", *more)):
                 raise ConfigError(f"representation.{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
+        if self.shared and not self.lora: raise ConfigError("representation.shared needs adapters: set representation.lora")
         unknown = set(self.questions) - {"effect", "name"}
         if unknown or not self.questions:
             raise ConfigError(f"representation.questions is {self.questions!r}: choose among effect and name")
@@ -291,12 +293,13 @@ def states(self:VLM,
 def text(self:VLM,
     question:str,
     answer:str="", # what follows
+    pictures:int=1, # how many the question is about
 ) -> str:
-    "One question about one picture, in the form that the model was trained on."
-    if self.packs: return prompt(question, answer)
+    "One question about pictures, in the form that the model was trained on."
+    if self.packs: return prompt(question, answer).replace("<image>", "<image>"*pictures)
     said = lambda who, *content: dict(role=who, content=list(content))
-    chat = [said("user", dict(type="image"), dict(type="text", text=question))] + [said("assistant",
-        dict(type="text", text=answer))] * bool(answer)
+    chat = [said("user", *[dict(type="image")]*pictures, dict(type="text", text=question))]
+    chat += [said("assistant", dict(type="text", text=answer))]*bool(answer)
     return self.processor.apply_chat_template(chat, add_generation_prompt=not answer)
 
 @patch

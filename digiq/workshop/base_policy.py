@@ -23,7 +23,7 @@ from .. import actions as A
 from .. import tasks as T
 from ..core import Run, derive_seed, progress, seed_all, to_dict
 from ..env import DeviceEnv, prompt
-from ..method.policy import AutoUI, AutoUIConfig, ImageEncoder, Policy, on_grid, snap, tiny_tokenizer
+from ..method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, ImageEncoder, on_grid, snap, tiny_tokenizer
 from ..phone import SimPhone, oracle
 from ..phone.truth import next_move
 from ..play.rollout import Rollout, collect
@@ -324,7 +324,7 @@ def untrained_policy(
     image_encoder:ImageEncoder, # the frozen vision tower
     cfg:BasePolicyConfig, # its size
     seed:int=0 # of its weights
-) -> Policy: # a tiny Auto-UI
+) -> AutoUIPolicy: # a tiny Auto-UI
     "The architecture with random weights"
     seed_all(seed, "base policy")
     tokenizer = tiny_tokenizer(words_to_know())
@@ -333,7 +333,7 @@ def untrained_policy(
     tokens = dict(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     model = AutoUI(AutoUIConfig(**size, **tokens, dropout_rate=0., tie_word_embeddings=False))
-    policy = Policy(model, tokenizer, image_encoder)
+    policy = AutoUIPolicy(model, tokenizer, image_encoder)
     policy.model.lm_head.weight.data.normal_(std=cfg.width**-.5) # T5 starts its untied head far too sure
     policy.model.generation_config.max_new_tokens = policy.max_new_tokens = 40 # its tokens are long
     return policy
@@ -343,7 +343,7 @@ def make_base_policy(
     image_encoder:ImageEncoder, # the frozen vision tower
     cfg:BasePolicyConfig, # how
     seed:int=0 # of everything
-) -> tuple[Policy, list[float]]: # the agent and its losses
+) -> tuple[AutoUIPolicy, list[float]]: # the agent and its losses
     "A weak Auto-UI from training tasks alone"
     steps = demonstrate(T.load("webshop", "train"), cfg, image_encoder.tower.config.image_size, seed)
     draw, policy = Lessons(steps, image_encoder, cfg), untrained_policy(image_encoder, cfg, seed)
@@ -442,7 +442,7 @@ def measure_policy(
 ) -> dict: # share of successful episodes in all, and by level
     "Success of the tiny Auto-UI on validation tasks"
     import tempfile
-    policy = Policy.from_pretrained(Path(out)/"tiny-autoui", ImageEncoder.from_pretrained(Path(out)/"tiny-vlm"))
+    policy = AutoUIPolicy.from_pretrained(Path(out)/"tiny-autoui", ImageEncoder.from_pretrained(Path(out)/"tiny-vlm"))
     def make_env(tasks, horizon): return DeviceEnv(SimPhone(), tasks, horizon)
     with tempfile.TemporaryDirectory() as folder:
         cfg = Rollout(episodes=episodes, temperature=temperature, screens=False)

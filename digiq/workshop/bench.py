@@ -21,7 +21,7 @@ from .. import actions as A
 from .. import tasks as T
 from ..core import derive_seed
 from ..env import DeviceEnv, DeviceError, perform
-from ..method.policy import ImageEncoder, Policy, snap
+from ..method.autoui import AutoUIPolicy, ImageEncoder, snap
 from ..phone import SimPhone, oracle
 from ..play.fleet import Fleet, FleetSettings
 from ..play.rollout import Player, Rollout
@@ -79,7 +79,7 @@ def network_speed(
     tasks, rng = T.load("webshop", "train")[:states], np.random.default_rng(0)
     screens, goals, first = _screens(tasks), [t.goal for t in tasks], [""]*states
     image_encoder = ImageEncoder.from_pretrained(model_path("tiny-vlm"))
-    policy = Policy.from_pretrained(model_path("tiny-autoui"), image_encoder)
+    policy = AutoUIPolicy.from_pretrained(model_path("tiny-autoui"), image_encoder)
     embedder = HFEmbedder.load("tiny-vlm", RepresentationConfig())
     pairs = [(s, A.render(A.tap(*snap(*rng.random(2))))) for s in screens for _ in range(4)]
     parts = {
