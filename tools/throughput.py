@@ -16,7 +16,7 @@ from digiq.cluster.phones import far_phones
 from digiq.cluster.throughput import sleepy_phones, steps_per_second
 from digiq.core import threads, write_json
 from digiq.env import perform, prompt
-from digiq.method.policy import ImageEncoder, Policy
+from digiq.method.autoui import AutoUIPolicy, ImageEncoder
 from digiq.phone import SimPhone, oracle
 from digiq.tasks import load
 from digiq.vlm.representation import model_path
@@ -68,7 +68,7 @@ def states(n):
 
 def policy():
     "Answers a second by the size of a batch, on one thread; and what the size does to greedy answers and log-probabilities."
-    agent, seen, rates = Policy.from_pretrained(model_path("tiny-autoui"), ImageEncoder.from_pretrained(model_path("tiny-vlm"))), states(max(SIZES)), {}
+    agent, seen, rates = AutoUIPolicy.from_pretrained(model_path("tiny-autoui"), ImageEncoder.from_pretrained(model_path("tiny-vlm"))), states(max(SIZES)), {}
     def batches(n, size): return [list(zip(*seen[k:k + size])) for k in range(0, n, size)]
     def answers(n, size, **how): return [a for batch in batches(n, size) for (a,) in agent.act(*batch, **how)]
     for size in SIZES:

@@ -74,7 +74,7 @@ class Experiment(Run):
         return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
 
     def __getstate__(self): # what a node is sent: settings, and nothing that was loaded
-        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None)
+        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None, _history=self.history)
 
     @contextmanager
     def stage(self, name, config):
@@ -273,16 +273,22 @@ def tasks(self:Experiment,
         split)[:self.preset.evaluation.first if split == self.preset.evaluation.split else None]
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-2
+@patch(as_prop=True)
+def history(self:Experiment) -> int: # earlier actions that its policies are told of
+    "What a phone keeps in mind for a policy."
+    if "_history" not in self.__dict__: self._history = self.behaviour.history
+    return self._history
+
 @patch
 def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     "A phone of its own, with the preset's disturbance."
-    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, history=self.behaviour.history)
+    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, history=self.history)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-5
 @patch
 def open_devices(self:Experiment): # a context manager with, for each, (tasks, horizon) -> its environment
     "The preset's phones or emulators: of this machine, or of all nodes that have some."
-    opening = partial(open_devices, self.preset.devices, self.path/"judge", self.behaviour.history)
+    opening = partial(open_devices, self.preset.devices, self.path/"judge", self.history)
     resource = "kvm" if self.preset.devices.kind == "emulator" else "phone"
     return far_phones(self.cluster, opening, resource) if self.cluster else opening()
 
