@@ -1,5 +1,6 @@
 "A Ray cluster of several nodes on this machine, in a network of its own: whatever happens to nodes, the files are those of one process."
-import itertools, os, shutil, subprocess, sys, threading, time
+import inspect, itertools, os, shutil, subprocess, sys, threading, time
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_in_a_network_of_its_own(tmp_path):
     try: subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError): pytest.skip("this machine lends no network namespaces")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | dict(DIGIQ_TEST_NETWORK="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0",
-        RAY_gcs_rpc_server_reconnect_timeout_s="3", RAY_health_check_timeout_ms="60000", RAY_health_check_failure_threshold="2", RAY_health_check_period_ms="500", RAY_enable_metrics_collection="0") # a busy node is not taken for a dead one
+        RAY_gcs_rpc_server_reconnect_timeout_s="3", RAY_health_check_timeout_ms="60000", RAY_health_check_failure_threshold="2", RAY_health_check_period_ms="500", RAY_enable_metrics_collection="0", RAY_agent_register_timeout_ms="600000", RAY_worker_register_timeout_seconds="600") # a busy node is not taken for a dead one
     script = 'ip link set lo up && cd "$1" && mkdir small && mount -t tmpfs -o size=64k none small && exec "$2" -m pytest -q -n 0 -p no:cacheprovider --basetemp "$1/inside" "$3"'
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", str(tmp_path), sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -40,18 +41,30 @@ def settings(k):
     return dict(node_ip_address="127.0.0.1", object_store_memory=100 << 20, include_log_monitor=False, **{name: 20_000 + 4*k + i for i, name in enumerate(names)})
 
 
+def patient(look):
+    "Ray asks for 30 s whether a node has come up; a busy machine may take longer."
+    @wraps(look)
+    def wait(*of_node, deadline=600):
+        end = time.monotonic() + deadline
+        while True:
+            try: return look(*of_node)
+            except RuntimeError:
+                if time.monotonic() > end: raise
+                time.sleep(.1)
+    return wait
+
+
 class Machines:
     "Nodes that are added and removed."
     def __init__(self):
+        from ray._private import services
         from ray.cluster_utils import Cluster
+        services.get_node = patient(inspect.unwrap(services.get_node))
         self.numbers, self.ray = itertools.count(1), Cluster()
         self.start(num_cpus=0, include_dashboard=False, no_monitor=True) # the head
 
     def start(self, **how):
-        for last in False, False, True: # a busy machine may take longer than Ray waits for a node
-            try: return self.ray.add_node(**how, **settings(next(self.numbers)))
-            except Exception as e:
-                if last or "timed out" not in str(e): raise
+        return self.ray.add_node(**how, **settings(next(self.numbers)))
 
     def add(self, cpus=1, resources=None, gpus=0, **environment):
         "A node with environment variables of its own."

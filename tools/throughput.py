@@ -89,7 +89,7 @@ if __name__ == "__main__":
     if "DIGIQ_TEST_NETWORK" not in os.environ:
         environment = os.environ | dict(DIGIQ_TEST_NETWORK="1", PYTHONPATH=f"{root}:{root/'tests'}", OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
         sys.exit(subprocess.run([*ALONE, "sh", "-c", 'ip link set lo up && exec "$0" "$1"', sys.executable, __file__], env=environment).returncode)
-    found = phones()
-    with threads(1): found["policy"] = policy()
-    write_json(root/"nbs"/"cluster"/"throughput.json", found)
+    path = root/"nbs"/"cluster"/"throughput.json"
+    write_json(path, found := phones())
+    with threads(1): write_json(path, found | {"policy": policy()})
     os._exit(0) # what is left ends with the network
