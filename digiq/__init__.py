@@ -9,9 +9,14 @@ __all__ = ['NAMES']
 # %% ../nbs/94_digiq.ipynb #94-003
 import gymnasium
 
-# %% ../nbs/94_digiq.ipynb #94-005
-NAMES = {"digiq/WebShopping-v0": "webshop"} # name: set of tasks
+from .tasks import SETS
 
-for _name, _task_set in NAMES.items():
+# %% ../nbs/94_digiq.ipynb #94-005
+NAMES = {"digiq/WebShopping-v0": ("webshop", 20), "digiq/General-v0": ("general", 15)} # name: set of tasks, steps of an episode
+
+for _name, (_task_set, _steps) in NAMES.items():
     if _name not in gymnasium.registry: # this module may be read again
-        gymnasium.register(_name, "digiq.phone.envs:PhoneEnv", max_episode_steps=20, kwargs={"task_set": _task_set})
+        gymnasium.register(_name, "digiq.phone.envs:PhoneEnv", max_episode_steps=_steps, kwargs={"task_set": _task_set})
+
+# %% ../nbs/94_digiq.ipynb #0f3aed05
+SETS["general"] = "digiq.phone.general:tasks"

@@ -7,7 +7,7 @@ __all__ = ['DeviceError', 'Unsupported', 'Device', 'check_point', 'check_key', '
            'Evaluator', 'ask_device', 'prompt', 'AnyText', 'SharedTexts', 'DeviceEnv']
 
 # %% ../nbs/03_env.ipynb #03-002
-import multiprocessing
+import math, multiprocessing
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -212,7 +212,7 @@ class DeviceEnv(gym.Env):
     def __init__(self,
         device:Device, # where to act
         tasks:list, # what to ask for; each with `id`, `goal` and `level`
-        horizon:int|None=20, # steps after which an episode is cut off; None where others see to that
+        horizon:int|None=20, # steps after which an episode is cut off, earlier where a task has a horizon of its own; None where others see to that
         evaluator:Evaluator|None=None, # who gives the reward; the device itself where None
         history:int=1, # earlier actions that a policy is told of
     ):
@@ -271,7 +271,7 @@ def step(self:DeviceEnv,
     observation = self._observe()
     reward = float(self.evaluator(self.task, before, self.screen, self.device))
     terminated = ends or reward >= 1
-    truncated = not terminated and self.horizon is not None and self.steps >= self.horizon
+    truncated = not terminated and self.steps >= min(self.horizon or math.inf, getattr(self.task, "horizon", None) or math.inf)
     self.running = not (terminated or truncated)
     return observation, reward, terminated, truncated, self._info(error)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SYLLABLES', 'COLOURS', 'MATERIALS', 'MANNERS', 'NOUNS', 'OWN_NOUNS', 'WORDINGS', 'CONSONANTS', 'VOWELS',
-           'SIZES', 'SITE', 'MARKS', 'Task', 'sites', 'queries', 'made_up_word', 'level', 'from_file', 'overlap',
-           'load']
+           'SIZES', 'SITE', 'MARKS', 'SETS', 'Task', 'sites', 'queries', 'made_up_word', 'webshop', 'level',
+           'from_file', 'overlap', 'load']
 
 # %% ../nbs/02_tasks.ipynb #02-003
 import random, re, unicodedata
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from pkgutil import resolve_name
 
 from .core import DataError, DigiqError, derive_seed, read_text
 from .foreign import disguise
@@ -26,7 +27,11 @@ class Task:
     level: int      # 1 go to the site, 2 search it, 3 open the first result
     site: str       # the domain, e.g. "velmora.com"
     query: str      # what to search for; "" at level 1
-    split: str      # "train", "val" or "test"
+    split: str      # "train", "val", "test" or another one of its set
+    template: str = "webshop"   # what kind of task it is, as the phone's judge knows it
+    filling: str = ""           # JSON of what stands in the gaps of a template; "" in Web Shopping
+    content: int = 0            # decides what is on the phone; 0 for a phone as Web Shopping has it
+    horizon: int | None = None  # steps that its episode may take, where that is the task's own
 
 # %% ../nbs/02_tasks.ipynb #02-007
 SPLITS = ("train", "val", "test")
@@ -123,6 +128,13 @@ def _webshop(split):
         tasks.append(Task(f"webshop-{split}-{i:04d}", goal, level, site, query, split))
     return tuple(tasks)
 
+def webshop(
+    split:str, # "train", "val" or "test"
+) -> list:     # of `Task`
+    "The Web Shopping tasks of a split. Raises `DigiqError` for a split that does not exist."
+    _check(split)
+    return list(_webshop(split))
+
 # %% ../nbs/02_tasks.ipynb #02-020
 def level(
     goal:str, # in words
@@ -168,13 +180,18 @@ def overlap(
     return [t for t in test if same(t) in known]
 
 # %% ../nbs/02_tasks.ipynb #02-025
+SETS = {"webshop": "digiq.tasks:webshop"} # task sets by name: where the function is that lists the tasks of a split
+
 def load(
-    task_set:str, # "webshop" for the built-in one; else how task files begin: "tasks/general" for tasks/general_train.txt
-    split:str,    # "train", "val" or "test"
+    task_set:str, # a name in `SETS`; else how task files begin: "tasks/general" for tasks/general_train.txt
+    split:str,    # "train", "val" or "test"; a set may have more
 ) -> list:        # of `Task`, always the same ones in the same order
     "The tasks of one split of a task set. Raises `DigiqError` for a set or a split that does not exist."
-    if split not in SPLITS: raise DigiqError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
-    if task_set == "webshop": return list(_webshop(split))
+    if task_set in SETS: return resolve_name(SETS[task_set])(split)
+    _check(split)
     path = Path(f"{task_set}_{split}.txt")
     if path.is_file(): return from_file(path)
-    raise DigiqError(f"there is no task set {task_set!r}; use 'webshop', or the beginning of the path of a file like {path}")
+    raise DigiqError(f"there is no task set {task_set!r}; use {', '.join(SETS)}, or the beginning of the path of a file like {path}")
+
+def _check(split):
+    if split not in SPLITS: raise DigiqError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")

@@ -10,7 +10,8 @@ page = root/"nbs"/"00_digiq.ipynb" # the method on one page: it exports nothing,
 troubles = root/"nbs"/"90_when_something_fails.ipynb" # errors and what to do: it exports nothing either
 formats = root/"nbs"/"92_bring_your_data.ipynb" # what can be taken over and given to others: nor does this
 clusters = root/"nbs"/"93_clusters.ipynb" # a page that shows the examples of clusters
-library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats, clusters)]
+authors = root/"nbs"/"95_your_own_app.ipynb" # makes an app that no module has
+library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats, clusters, authors)]
 runs = [p for p in paths if not p.name[0].isdigit() and p.stem != "index"]
 
 

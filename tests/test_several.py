@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_vlm_policy
 import torch
 
 from digiq import actions as A
@@ -62,6 +63,11 @@ def train_policy(cfg=ACTOR, training_state=None, dropout=0.):
     return history, {k: v.clone() for k, v in model.state_dict().items()}
 
 
+def train_agent():
+    losses, weights = test_vlm_policy.train("qwen2.5", steps=6)
+    return [dict(loss=x) for x in losses], {str(i): w for i, w in enumerate(weights)}
+
+
 def finetune_vlm(family="llava", **cfg):
     vlm, n = random_vlm(family), 40
     changed = np.arange(n) % 2 == 0
@@ -73,7 +79,7 @@ def finetune_vlm(family="llava", **cfg):
 
 def one_of_several(folder):
     "What each process of several does; the first one tells."
-    told = dict(critic=train_critic(), policy=train_policy(), representation=finetune_vlm())
+    told = dict(critic=train_critic(), policy=train_policy(), agent=train_agent(), representation=finetune_vlm())
     accelerator = Accelerator()
     assert accelerator.num_processes == 2
     rows = accelerator.gather(torch.tensor(accelerator.part(np.arange(8))))
@@ -125,7 +131,7 @@ def two(tmp_path_factory): return processes("one_of_several", tmp_path_factory.m
 def sharded(tmp_path_factory): return processes("one_of_sharded", tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy), ("representation", finetune_vlm)])
+@pytest.mark.parametrize("what, alone", [("critic", train_critic), ("policy", train_policy), ("agent", train_agent), ("representation", finetune_vlm)])
 def test_two_processes_equal_one(two, what, alone):
     history, weights = alone()
     for told in two:

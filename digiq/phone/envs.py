@@ -15,8 +15,8 @@ from ..tasks import load
 class PhoneEnv(DeviceEnv):
     "Tasks on the built-in phone. Raises `DigiqError` for a split, a size or a way of rendering that does not exist."
     def __init__(self,
-        task_set:str, # "webshop"
-        split:str="train", # "train", "val" or "test"
+        task_set:str, # "webshop" or "general"
+        split:str="train", # "train", "val" or "test"; General has "test_templates" and "test_apps", too
         disturbance:float=1., # of the phone; 0 where nothing goes wrong
         scale:float=.25, # of the screen; 0.25 gives 270x600 pixels
         render_mode:str|None="rgb_array", # the only one, since every observation holds the screen; None is as good

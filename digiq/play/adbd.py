@@ -15,7 +15,7 @@ from adbutils import adb_path
 from fastcore.basics import patch
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from ..core import DigiqError
+from ..core import DigiqError, free_port
 from ..phone import SimPhone
 from .android import Android, ShellError, Traits
 
@@ -376,7 +376,7 @@ def adb_server(
     program:str|None=None, # path of adb; None: the one of the system, or else the one that adbutils brings
 ): # the port of the server; meanwhile adbutils and adb use it
     "An adb server that ends with the block. Raises `DigiqError` where it does not come up."
-    port, home = _free_port(), tempfile.mkdtemp()
+    port, home = free_port(), tempfile.mkdtemp()
     environment = {"ANDROID_ADB_SERVER_PORT": str(port),
                    "ADB_LOCAL_TRANSPORT_MAX_PORT": "1", "ADB_MDNS_AUTO_CONNECT": "0"} # look for nothing by itself
     before = {name: os.environ.get(name) for name in environment}
@@ -396,11 +396,6 @@ def adb_server(
             else: os.environ[name] = value
 
 # %% ../../nbs/play/44_adbd.ipynb #20a-018-1
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
 def _wait_for_port(port, process):
     tries = Retrying(retry=retry_if_exception_type(OSError), reraise=True,
                      wait=wait_fixed(.02), stop=stop_after_delay(20))

@@ -27,7 +27,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop
 
 from ..core import DataError, DigiqError, atomic, from_dict, read_json
 from ..env import DeviceError
-from ..foreign import disguise, pause, reason, rgb
+from ..foreign import check_key_name, disguise, pause, reason, rgb, secret
 
 # %% ../../nbs/play/41_judges.ipynb #25-007a
 def _is_address(
@@ -60,9 +60,7 @@ class JudgeSettings:
     schema:bool=True # the endpoint knows JSON schemas; if not, the form of the answer is only asked for in words
 
     def __post_init__(self):
-        if not re.fullmatch("([A-Z_][A-Z0-9_]*)?", self.key):
-            raise DigiqError("judge.key is the name of an environment variable, in capitals, e.g. OPENAI_API_KEY: "
-                             "put the key itself into that variable")
+        check_key_name(self.key, "judge.key")
         if set("@?#") & set(self.url):
             raise DigiqError("judge.url contains a user's name, a password or a query: "
                              "put the key into the environment variable that judge.key names")
@@ -208,13 +206,7 @@ class Judge:
         log:str|Path, # folder of the audit log; made where it is missing
     ):
         self.cfg, self.log, self.lock = cfg, Path(log), threading.Lock()
-        self.secret = os.environ.get(cfg.key, "").strip() if cfg.key else ""
-        if cfg.key and not self.secret:
-            raise DigiqError(f"the judge needs a key: set the environment variable {cfg.key}, "
-                             "or judge.key to '' for an endpoint that wants none")
-        if not re.fullmatch("[!-~]*", self.secret):
-            raise DigiqError(f"the key in the environment variable {cfg.key} contains characters that no key has, "
-                             "such as spaces or accents: copy it again")
+        self.secret = secret(cfg.key, "judge.key", "the judge")
         self.shots = [message for example in (load_examples(cfg.examples) if cfg.examples else [])
                       for message in _show_example(*example, cfg.side)]
         depends = json.dumps([cfg.model, cfg.options, cfg.side, INSTRUCTIONS, self.shots]) # what a verdict depends on
