@@ -9,7 +9,7 @@ from digiq.core import ConfigError, read_json
 from digiq.runs.sweep import executed, sweep
 
 EXAMPLES = root/"nbs"/"cluster"/"examples"
-ALONE = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"] # only loopback, and nobody left behind
+ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"] # only loopback, and nobody left behind
 SWEEPS = """
 import sys
 from digiq.runs.sweep import sweep
@@ -91,7 +91,7 @@ def test_slurm_example_sweeps(toy):
     executable(commands/"digiq", f'#!/bin/sh\n[ "$*" = "sweep --cluster auto --seeds 0-1" ] && exec "{sys.executable}" sweeps.py auto\n')
     slurm = dict(SLURM_SUBMIT_DIR=toy, SLURM_JOB_ID=12345, SLURM_JOB_NODELIST="localhost", SLURM_JOB_NUM_NODES=1, SLURM_CPUS_PER_TASK=4)
     environment = os.environ | {k: str(v) for k, v in slurm.items()} | {"PYTHONPATH": str(root)}
-    script = 'ip link set lo up && exec "$@"'
+    script = 'ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"' # where Ray notes which cluster is "auto"
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", "bash", str(EXAMPLES/"slurm.sh"), "--seeds", "0-1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "50.0 [" in done.stdout and all(executed(toy/"runs"/f"seed{k}.ipynb") and read_json(toy/"runs"/f"seed{k}"/"metrics.json")["seed"] == k for k in (0, 1))
