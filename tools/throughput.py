@@ -1,7 +1,6 @@
 """Steps a second of 1 to 8 nodes of sleeping phones, on this machine, in a network of its own, and answers a second of the
 built-in policy. Run it by hand, on an idle machine; it writes what chapters 57 and 58 show, and takes about five minutes."""
 import os, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -32,7 +31,7 @@ def tell(*words): print(*words, file=sys.stderr, flush=True)
 def phones():
     "Steps a second, by nodes and latency."
     machines = Machines()
-    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda _: machines.add(cpus=0, resources={"phone": PHONES}), range(max(NODES))))
+    for _ in range(max(NODES)): machines.add(cpus=0, resources={"phone": PHONES})
     rates, busy = ({(n, latency): [] for latency in STEPS for n in NODES} for _ in range(2))
     with far_phones(Cluster(machines.ray.address), partial(sleepy_phones, PHONES, *STEPS)) as makers:
         a_node = PHONES * len(STEPS)
