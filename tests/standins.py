@@ -46,14 +46,16 @@ class Easy(Experiment):
     "An experiment whose goal is to leave the launcher."
     def make_env(self, tasks, horizon):
         left = lambda task, before, after, device: float(device.state()["app"] != "launcher")
-        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, left, self.behaviour.history)
+        return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, left, self.history)
 
 
 class OnNodes(Easy):
     "An experiment that a node's trouble stops."
     def make_env(self, tasks, horizon):
         trouble()
-        return super().make_env(tasks, horizon)
+        env = super().make_env(tasks, horizon)
+        assert "_behaviour" not in vars(self) # a node loads no model: it need not have any
+        return env
 
 
 def experiment(models, run_dir, *changes, seed=0, kind=Easy, cluster="none"):

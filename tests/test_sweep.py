@@ -9,7 +9,7 @@ from digiq.core import ConfigError, read_json
 from digiq.runs.sweep import executed, sweep
 
 EXAMPLES = root/"nbs"/"cluster"/"examples"
-ALONE = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"] # only loopback, and nobody left behind
+ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"] # only loopback, and nobody left behind
 SWEEPS = """
 import sys
 from digiq.runs.sweep import sweep
@@ -91,7 +91,7 @@ def test_slurm_example_sweeps(toy):
     executable(commands/"digiq", f'#!/bin/sh\n[ "$*" = "sweep --cluster auto --seeds 0-1" ] && exec "{sys.executable}" sweeps.py auto\n')
     slurm = dict(SLURM_SUBMIT_DIR=toy, SLURM_JOB_ID=12345, SLURM_JOB_NODELIST="localhost", SLURM_JOB_NUM_NODES=1, SLURM_CPUS_PER_TASK=4)
     environment = os.environ | {k: str(v) for k, v in slurm.items()} | {"PYTHONPATH": str(root)}
-    script = 'ip link set lo up && exec "$@"'
+    script = 'ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"' # where Ray notes which cluster is "auto"
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", "bash", str(EXAMPLES/"slurm.sh"), "--seeds", "0-1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "50.0 [" in done.stdout and all(executed(toy/"runs"/f"seed{k}.ipynb") and read_json(toy/"runs"/f"seed{k}"/"metrics.json")["seed"] == k for k in (0, 1))
@@ -121,33 +121,41 @@ def test_machines_example_is_what_ray_takes():
     assert json.loads(said) == {"phone": 2}
 
 
-# Fields of ray.io/v1 that the example may use, written by hand from KubeRay's sources and reference (about 1.6); True for any content
-PODS = {"metadata": True, "spec": True}
-GROUP = {"rayStartParams": True, "template": PODS}
-KUBERAY = {"apiVersion": True, "kind": True, "metadata": True, "spec": {
-    "entrypoint": True, "shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": True, "backoffLimit": True, "activeDeadlineSeconds": True, "submissionMode": True, "rayClusterSpec": {
-        "rayVersion": True, "authOptions": {"mode": True, "secretName": True}, "enableInTreeAutoscaling": True, "autoscalerOptions": True,
-        "headGroupSpec": GROUP | {"serviceType": True}, "workerGroupSpecs": [GROUP | {"groupName": True, "replicas": True, "minReplicas": True, "maxReplicas": True}]}}}
+# What KubeRay's CRD asks of the fields that the example uses, written by hand and compared with it field by field (KubeRay's sources at commit 12cb11e, a RayJob's spec as it stands in the CRD of RayCronJobs)
+TEXT, WHOLE, YES_OR_NO = {"type": "string"}, {"type": "integer", "minimum": -2**31, "maximum": 2**31 - 1}, {"type": "boolean"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+QUANTITIES = {"type": "object", "additionalProperties": {"type": ["integer", "string"], "pattern": r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"}}
 
 
-def unknown(value, fields, where=""):
-    "Paths of fields that are not known."
-    if isinstance(fields, list): return [path for item in value for path in unknown(item, fields[0], where)]
-    if fields is True: return []
-    return [f"{where}.{k}" for k in value.keys() - fields.keys()] + [path for k in value.keys() & fields.keys() for path in unknown(value[k], fields[k], f"{where}.{k}")]
+def fields(*required, **known):
+    "An object of these fields and no others."
+    return {"type": "object", "properties": known, "required": list(required), "additionalProperties": False}
 
 
-def test_kubernetes_example_has_known_fields():
+def many(item): return {"type": "array", "items": item}
+
+
+POD = fields(spec=fields("containers", hostNetwork=YES_OR_NO, dnsPolicy=TEXT, nodeSelector=TEXTS,
+    containers=many(fields("name", name=TEXT, image=TEXT, resources=fields(limits=QUANTITIES, requests=QUANTITIES), volumeMounts=many(fields("mountPath", "name", name=TEXT, mountPath=TEXT)))),
+    volumes=many(fields("name", name=TEXT, persistentVolumeClaim=fields("claimName", claimName=TEXT)))))
+KUBERAY = fields("apiVersion", "kind", "metadata", "spec", apiVersion={"const": "ray.io/v1"}, kind={"const": "RayJob"}, metadata=fields("name", name=TEXT),
+    spec=fields(entrypoint=TEXT, shutdownAfterJobFinishes=YES_OR_NO, backoffLimit=WHOLE, rayClusterSpec=fields("headGroupSpec", rayVersion=TEXT, authOptions=fields(mode={"enum": ["disabled", "token"]}),
+        headGroupSpec=fields("template", serviceType=TEXT, rayStartParams=TEXTS, template=POD),
+        workerGroupSpecs=many(fields("groupName", "maxReplicas", "minReplicas", "template", groupName=TEXT, replicas=WHOLE, minReplicas=WHOLE, maxReplicas=WHOLE, rayStartParams=TEXTS, template=POD)))))
+
+
+def test_kubernetes_example_fits_the_crd():
     from importlib.metadata import version
     import ray
     job = yaml.safe_load((EXAMPLES/"kuberay.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and unknown(job, KUBERAY) == []
-    assert unknown({"spec": {"rayClusterSpec": {"workerGroupSpecs": [{"replica": 1}]}}}, KUBERAY) == [".spec.rayClusterSpec.workerGroupSpecs.replica"]
+    jsonschema.validate(job, KUBERAY)
     cluster = job["spec"]["rayClusterSpec"]
+    for wrong in {"replica": 1}, {"replicas": "3"}, {"rayStartParams": {"num-cpus": 4}}, {"template": {"spec": {}}}:
+        with pytest.raises(jsonschema.ValidationError): jsonschema.validate(dict(job, spec=job["spec"] | {"rayClusterSpec": cluster | {"workerGroupSpecs": [cluster["workerGroupSpecs"][0] | wrong]}}), KUBERAY)
     assert cluster["rayVersion"].split(".")[:2] == version("ray").split(".")[:2] and cluster["authOptions"]["mode"] == "token" and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     options = re.findall('"--([a-z-]+)"', (Path(ray.__file__).parent/"scripts"/"scripts.py").read_text()) # importing it takes long
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert group["rayStartParams"].keys() <= {*options} and all(isinstance(v, str) for v in group["rayStartParams"].values())
         pod = group["template"]["spec"]
-        assert pod["containers"][0].keys() <= {"name", "image", "resources", "volumeMounts"} and {m["name"] for m in pod["containers"][0].get("volumeMounts", [])} == {v["name"] for v in pod.get("volumes", [])}
+        assert {m["name"] for m in pod["containers"][0].get("volumeMounts", [])} == {v["name"] for v in pod.get("volumes", [])}
     assert json.loads(json.loads(cluster["workerGroupSpecs"][1]["rayStartParams"]["resources"])) == {"phone": 8} # quoted once for the shell

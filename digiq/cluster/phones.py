@@ -226,6 +226,5 @@ def serve(
 ) -> Served: # for workers anywhere
     "Let a policy act on a node, one with a GPU where there is any."
     ray, parcel = cluster.ray, Parcel(cluster.ray, policy)
-    gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
-    how = dict(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+    how = dict(num_cpus=0, num_gpus=int(cluster.has_gpu()), max_restarts=-1, max_task_retries=-1)
     return Served(AskServer(ray.remote(Server).options(**how).remote(parcel), parcel))

@@ -33,12 +33,18 @@ def evaluate_asked(
 
 # %% ../../nbs/runs/66b_elsewhere.ipynb #66b-006
 @patch
+def require_cluster(self:Experiment):
+    "Raise `ConfigError` where there is no cluster that could evaluate."
+    if self.cluster: return
+    raise ConfigError("mode train_and_remote_eval needs machines that evaluate: "
+        "give cluster auto, ray://HOST:10001 or HOST:PORT")
+
+@patch
 def ask_evaluation(self:Experiment,
     name:str, # of an agent
 ):
     "Have an agent evaluated by the cluster, without waiting. Raises `ConfigError` where there is no cluster."
-    if not self.cluster:
-        raise ConfigError("train_and_remote_eval needs machines that evaluate: give cluster auto, ray://HOST:10001 or HOST:PORT")
+    self.require_cluster()
     if Accelerator(self.preset.device).process_index: return # one of several that train asks
     if "_asked" not in self.__dict__:
         spawn = get_context("spawn") # not a copy: this process is in the middle of something

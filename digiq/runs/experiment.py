@@ -40,7 +40,7 @@ from ..play.fleet import collect_fleet
 from ..play.pool import open_devices
 from ..play.rollout import Rollout
 from . import evaluation, plots
-from .presets import Preset, from_nbs, load_preset, overlay, override, parameter
+from .presets import Preset, evaluates, from_nbs, load_preset, overlay, override, parameter
 from .stages import CALLS, RULES, fingerprint, lineage, played_on
 from .tracking import TrackedLog, Tracking
 from ..vlm import finetuning
@@ -74,7 +74,7 @@ class Experiment(Run):
         return self.preset.workers if self.preset.device == "cpu" else 1 # a forked process cannot use its parent's GPU
 
     def __getstate__(self): # what a node is sent: settings, and nothing that was loaded
-        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None)
+        return dict(path=self.path, preset=self.preset, seed=self.seed, cluster=None, _history=self.history)
 
     @contextmanager
     def stage(self, name, config):
@@ -274,16 +274,22 @@ def tasks(self:Experiment,
         split)[:self.preset.evaluation.first if split == self.preset.evaluation.split else None]
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-2
+@patch(as_prop=True)
+def history(self:Experiment) -> int: # earlier actions that its policies are told of
+    "What a phone keeps in mind for a policy."
+    if "_history" not in self.__dict__: self._history = self.behaviour.history
+    return self._history
+
 @patch
 def make_env(self:Experiment, tasks, horizon) -> DeviceEnv:
     "A phone of its own, with the preset's disturbance."
-    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, history=self.behaviour.history)
+    return DeviceEnv(SimPhone(disturbance=self.preset.disturbance), tasks, horizon, history=self.history)
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-041-5
 @patch
 def open_devices(self:Experiment): # a context manager with, for each, (tasks, horizon) -> its environment
     "The preset's phones or emulators: of this machine, or of all nodes that have some."
-    opening = partial(open_devices, self.preset.devices, self.path/"judge", self.behaviour.history)
+    opening = partial(open_devices, self.preset.devices, self.path/"judge", self.history)
     resource = "kvm" if self.preset.devices.kind == "emulator" else "phone"
     return far_phones(self.cluster, opening, resource) if self.cluster else opening()
 
@@ -301,9 +307,10 @@ def play(self:Experiment,
     "Record episodes: on built-in phones in lock-step, on Android devices each at its own pace."
     played, kind = self.tasks(split), self.preset.devices.kind
     if repeats is not None: cfg = replace(cfg, episodes=repeats * len(played))
+    if self.cluster and self.preset.device != "cpu" and self.cluster.has_gpu() and not self.finished(name):
+        policy = serve(self.cluster, policy) # who plays needs no GPU, the policy does
     if kind == "simphone":
-        far = self.cluster and self.preset.device != "cpu" # who plays needs no GPU, the policy does
-        return rollout.collect(self, played, serve(self.cluster, policy) if far else policy, make_env or self.make_env,
+        return rollout.collect(self, played, policy, make_env or self.make_env,
             cfg, name, self.seed, self.cluster or self.workers, sequential)
     with nullcontext([]) if self.finished(name) else self.open_devices() as makers:
         return collect_fleet(self, played, policy, makers, replace(cfg, screens=True), self.preset.devices.fleet,
@@ -624,18 +631,20 @@ def train(
     run_dir:str, # run directory
     seed:int=0, # of everything random
     stages:Sequence[str]=("critic", "filtered_bc", "digiq"), # "representation" needs episodes, "critic" embeddings, the others are policies
-    cluster:str="none", # the address of a Ray cluster; then its nodes evaluate every policy as soon as it is there
+    cluster:str="none", # the address of a Ray cluster; its nodes evaluate every policy as soon as it is there
 ):
     "What is not there yet is trained, or continued where it was cut off."
     lab = open_run(run_dir, preset, seed, cluster)
+    if lab.preset.mode == "train_and_remote_eval": lab.require_cluster()
+    asked = lab.cluster and evaluates(lab.preset.mode)
     for name in stages:
         if name == "representation": lab.finetune()
         elif name == "critic": lab.train_critic()
         else:
             lab.score()
             lab.train_policy(name)
-            if lab.cluster: lab.ask_evaluation(name)
-    if lab.cluster: lab.await_evaluations()
+            if asked: lab.ask_evaluation(name)
+    if asked: lab.await_evaluations()
 
 # %% ../../nbs/runs/65_experiment.ipynb #65-080x
 @patch

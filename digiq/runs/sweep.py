@@ -102,7 +102,8 @@ def is_finished(
                 f"now {ours!r}): choose another --out, or move it away with its run directory")
     path = run.path/"metrics.json"
     found = read_json(path) if path.exists() else {}
-    complete = "success" in found or not evaluates((defaults | run.parameters).get("mode", "train_and_eval"))
+    settings = defaults | run.parameters
+    complete = "success" in found or not evaluates(load_preset(settings["preset"], mode=settings.get("mode")).mode)
     return found.get("seed") == run.parameters["seed"] and complete
 
 # %% ../../nbs/runs/69_sweep.ipynb #69-016
@@ -152,7 +153,9 @@ def planned(
         raise ConfigError(f"{min(found)} is not for --set: a sweep sets it itself, from its own options")
     if unknown := changes.keys() - defaults.keys() - Preset.__dataclass_fields__.keys():
         raise ConfigError(f"{min(unknown)} is no parameter of the notebook and no field of a preset: see nbs/train.ipynb")
-    for preset in presets: load_preset(preset)
+    for preset in presets:
+        if load_preset(preset, mode=changes.get("mode")).mode == "train_and_remote_eval":
+            raise ConfigError(f"a run of a sweep evaluates where it is made: preset {preset} needs --set mode=train_and_eval")
     folders = {preset: from_nbs(out)/(Path(preset).stem if len(presets) > 1 else "") for preset in presets}
     if len({*folders.values()}) < len(presets): raise ConfigError("two presets have the same name: sweep one after the other")
     return {preset: [Planned(p := folder/f"seed{seed}", dict(changes, preset=preset, seed=seed, run_dir=str(p)))
