@@ -14,7 +14,7 @@ import traitlets as T
 from fastcore.basics import patch
 
 from ..core import DigiqError
-from .figures import DIAGNOSTICS, parting
+from .figures import DIAGNOSTICS, READING, parting
 from .page import Explorer, SHARED, aside, frames, plain
 from .run import RunView
 from ..runs.evaluation import success
@@ -334,8 +334,13 @@ DIAGNOSTICS_FIGURE = r"""
           : f.picture
             ? el(
                 "div",
-                {class: "card"},
-                el("img", {src: URL.createObjectURL(new Blob([f.picture], {type: "image/png"})), alt: f.name})
+                {},
+                el(
+                  "div",
+                  {class: "card"},
+                  el("img", {src: URL.createObjectURL(new Blob([f.picture], {type: "image/png"})), alt: f.name})
+                ),
+                el("p", {class: "soft"}, f.reading)
               )
             : null
     );
@@ -422,4 +427,4 @@ def draw(self:Diagnostics, name):
     try: DIAGNOSTICS[name](self.run).save(out, "PNG")
     except DigiqError as e: return dict(name=name, lacking=str(e))
     except Exception as e: return dict(name=name, lacking=f"The figure could not be drawn: {type(e).__name__}: {e}")
-    return dict(name=name, picture=out.getvalue())
+    return dict(name=name, picture=out.getvalue(), reading=READING[name])

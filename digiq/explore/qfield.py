@@ -89,7 +89,7 @@ FIELD_LAYOUT = r"""
         el(
           "div",
           {class: "soft"},
-          "Click anywhere on the screen to judge a tap there (or focus the screen, move with the arrow keys, judge with Enter). Or judge another action:"
+          "Click anywhere on the screen to judge a tap there (or focus the screen, move with the arrow keys, judge with Enter). The critic has learned from taps that the policy proposes; what it says of others is extrapolated. Or judge another action:"
         ),
         el(
           "div",
@@ -227,8 +227,9 @@ FIELD_JUDGED = r"""
 FIELD_EVENTS = r"""
   const drawGoal = () => {
     if (goal.getRootNode().activeElement !== goal) goal.value = model.get("goal");
+    recorded.disabled = model.get("goal") === model.get("shot").goal;
   };
-  for (const k of ["set", "episode", "step", "goal"]) model.on(`change:${k}`, drawGoal);
+  for (const k of ["set", "episode", "step", "goal", "shot"]) model.on(`change:${k}`, drawGoal);
   model.on("change:shot", drawScreen);
   model.on("change:heat", drawHeat);
   model.on("change:judged", drawJudged);

@@ -19,11 +19,15 @@ from ..runs.plots import scale
 
 # %% ../../nbs/explore/74_recorded.ipynb #70d-005
 PLOT_JS = r"""
+const round = x => { // the next of 1, 2, 5, 10, ...
+  const p = 10 ** Math.floor(Math.log10(x));
+  return p * [1, 2, 5, 10].find(n => n * p >= 0.999 * x);
+};
 const plot = (steps, choose) => { // V and Q, each point below its screen
   const C = 116, H = 130, top = 14, low = 104, all = steps.flatMap(s => [s.v, s.q]).filter(x => x !== null);
   const svg = el("svg", {width: C * steps.length, height: H, role: "img", "aria-label": "V and Q along the episode"});
   if (!all.length) return svg;
-  const min = Math.min(...all, 0), max = Math.max(...all, .05), y = v => low - (low - top) * (v - min) / (max - min), x = k => C * (k + .5);
+  const min = Math.min(...all, 0), max = round(Math.max(...all, .05)), y = v => low - (low - top) * (v - min) / (max - min), x = k => C * (k + .5);
   for (const v of [min, (min + max) / 2, max]) svg.append(el("line", {x1: 0, x2: C * steps.length, y1: y(v), y2: y(v), stroke: "var(--line)"}), el("text", {class: "scale", x: 2, y: y(v) - 3, "font-size": 10, fill: "var(--soft)", stroke: "var(--bg)", "stroke-width": 3, "paint-order": "stroke"}, fixed(v)));
   for (const [key, colour, dash, name] of [["v", "var(--fg)", "", "V"], ["q", "var(--accent)", "6 4", "Q"]]) {
     const known = steps.map((s, k) => [k, s[key]]).filter(p => p[1] !== null);
@@ -221,9 +225,8 @@ TRAJECTORY_EVENTS = r"""
   draw();
   drawStrip();
   const placed = new ResizeObserver(() => {
-    // what is chosen comes into sight as soon as there is a page to see it on
+    // what is chosen is in sight as soon as there is a page to see it on, however wide
     if (!box.clientWidth) return;
-    placed.disconnect();
     drawEpisode();
     drawStep();
   });
@@ -303,7 +306,8 @@ export default {render({model, el: root}) {
   const goal = el("div", {class: "goal"});
   const left = el("div");
   const table = el("div", {class: "scroll"});
-  root.append(bar, note, goal, el("div", {class: "phone"}, left, table));
+  const meaning = "Of each distinct candidate: how often it was proposed, both heads of Q, the advantage Q − V, the policy's own log-probability, and ★ where Best-of-N would imitate it.";
+  root.append(bar, note, goal, el("div", {class: "phone"}, left, el("div", {class: "side"}, table, el("p", {class: "soft"}, meaning))));
   let sort = ["advantage", -1];
 """
 
