@@ -626,7 +626,7 @@ class ClearDay(Template):
         return {"only one": one}
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-064
-@template("solve a clash", "calendar", level=3, horizon=14)
+@template("solve a clash", "calendar", level=3, horizon=14, unseen=True)
 class Clash(Template):
     goals = ("Two events overlap {when}: delete the one that begins later",
              "There are two events at once in the calendar {when}; remove the later one",
