@@ -136,12 +136,12 @@ def month_grid(
     return ui.column(head, names, *[ui.row(*map(cell, r)) for r in rows], gap=8, width=wide, bg=ui.WHITE)
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-016
-def _line(e, color=None): # an event in a list
+def _line(e, *day): # an event in a list; the day says which time of a repeated one
     bar = ui.column(width=12, height=96, radius=6, bg=COLORS[sum(map(ord, e["title"])) % len(COLORS)])
     end = divmod(e["hour"] * 60 + e["minute"] + e["length"], 60)
     note = f"{clock_time(e['hour'], e['minute'])} - {clock_time(end[0] % 24, end[1])}" + (f", {e['place']}"
             if e["place"] else "")
-    return design.list_row(e["title"], ("open", "event", e["id"]), note, bar, role="event")
+    return design.list_row(e["title"], ("open", "event", e["id"], *day), note, bar, role="event")
 
 _FIND, _ADD = ("search", ("open", "search"), "search icon"), ("plus", ("open", "edit", 0), "add button")
 
@@ -214,8 +214,9 @@ def page_day(self:Calendar, state, ep):
 @patch
 def page_agenda(self:Calendar, state, ep):
     days = [(d, found) for d in range(31) if (found := agenda(state["data"], d))]
+    line = lambda e, d: _line(e, *[d] * (d > e["day"]))
     rows = [n for d, found in days for n in (design.section("Today" if d == 0 else day_name(d), self.color),
-                                             *map(_line, found))]
+                                             *[line(e, d) for e in found])]
     return design.Page("Calendar", rows or [design.empty("Nothing planned", "calendar")], (_FIND,), _ADD)
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-022
@@ -228,11 +229,11 @@ def swiped(self:Calendar, state, direction):
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-024
 @patch
-def page_event(self:Calendar, state, ep, id):
+def page_event(self:Calendar, state, ep, id, day=None): # the day is that of a later time of a repeated event
     e = record(state, "events", id)
     end = divmod(e["hour"] * 60 + e["minute"] + e["length"], 60)
     time = f"{clock_time(e['hour'], e['minute'])} - {clock_time(end[0] % 24, end[1])}"
-    rows = [design.list_row(day_name(e["day"]), None, time, "clock"),
+    rows = [design.list_row(day_name(e["day"] if day is None else day), None, time, "clock"),
             design.list_row(f"Repeats {e['repeat'].lower()}", None, lead="timer") if e["repeat"] != "Never" else None,
             design.list_row(e["place"], ("send", "maps", "find", e["place"]), "Show on the map",
                             "map") if e["place"] else None,
@@ -591,7 +592,9 @@ class WithGuest(Template):
         name = rng.choice(once) if once else ""
         return {"name": name, "id": next(e["id"] for e in data["calendar"]["events"]
                                          if name in e["guests"])} if name else None
-    def shown(self, phone, f): return showing(phone, "calendar", "event", f.id)
+    def shown(self, phone, f):
+        top = phone.now["apps"].get("calendar", {"stack": [{"of": []}]})["stack"][-1]
+        return top["of"][:1] == [f.id] and showing(phone, "calendar", "event", *top["of"]) # of a repeated one, any time
     def moves(self, phone, f):
         if self.shown(phone, f): return None
         return go(phone, "calendar", "search") or fill(phone, "find", f.name) or tap(phone, ("open", "event", f.id))
@@ -623,7 +626,7 @@ class ClearDay(Template):
         return {"only one": one}
 
 # %% ../../nbs/phone/34g_calendar.ipynb #34g-064
-@template("solve a clash", "calendar", level=3, horizon=14)
+@template("solve a clash", "calendar", level=3, horizon=14, unseen=True)
 class Clash(Template):
     goals = ("Two events overlap {when}: delete the one that begins later",
              "There are two events at once in the calendar {when}; remove the later one",

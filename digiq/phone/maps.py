@@ -644,7 +644,7 @@ class SetHome(Template):
                 **NavigateAddress().misses(data, f)}
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-063
-@template("stop the navigation", "maps", horizon=10)
+@template("stop the navigation", "maps", horizon=10, unseen=True)
 class StopGoing(Template):
     goals = ("Stop the navigation to {place}", "I am no longer going to {place}: end the navigation",
              "Cancel the navigation to {place} in maps")
