@@ -230,7 +230,8 @@ def page_explore(self:Maps, state, ep):
             "Pharmacy")]
     find = ui.column(_search_box("Search here", ("open", "search")), ui.row(*kinds, gap=16, pad=(16, 0, 0, 0)),
                      pad=(0, design.EDGE, 16, design.EDGE))
-    whole = with_pins(base, pins, _here_pin(base), tools, led, names=f["zoom"] > 0,
+    here = None if "location" in state.get("refused", ()) else _here_pin(base)
+    whole = with_pins(base, pins, here, tools, led, names=f["zoom"] > 0,
                       free=[(900, 1220, 1080, 1704), *([(0, 0, 1080, 240)] if led else [])])
     return design.Page("Maps", [find, whole], (("grid", ("open", "layers"), "layers button"),), still=True)
 
