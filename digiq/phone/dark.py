@@ -23,6 +23,7 @@ def luminance(
     r, g, b = (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4 for v in parts)
     return .2126 * r + .7152 * g + .0722 * b
 
+# %% ../../nbs/phone/30b_dark.ipynb #30b-022
 def contrast(
     a: str, # a colour
     b: str, # another
@@ -70,6 +71,7 @@ def altered(
 
 def _pictured(n): return ui.KINDS[n.kind][0] == "leaf" and n.kind not in _PLAIN
 
+# %% ../../nbs/phone/30b_dark.ipynb #30b-020
 @lru_cache(1 << 15)
 def dark(
     n: Node,                       # a screen, or a part of one

@@ -37,6 +37,7 @@ def label(
     "What people call an app."
     return (ICONS | MORE)[name][0]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-100
 def may(
     data: dict,        # of all apps
     name: str,         # of an app
@@ -48,6 +49,7 @@ def may(
     line = setting_of(data["settings"], label(name)) if name in ICONS | MORE else None
     return line[what] if line else True
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-102
 def refused(
     phone,     # a `SimPhone`, now
     name: str, # of an app
@@ -73,6 +75,7 @@ class Notice(NamedTuple):
     open: tuple        # the page of the app that it is about, and the page's arguments
     ongoing: bool = False # cannot be dismissed
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-103
 POSTS = {} # app: (data of all apps, views of those that run, data at first) -> list of `Notice`
 
 def posts(
@@ -81,6 +84,7 @@ def posts(
     "Register what an app announces."
     return lambda announce: POSTS.setdefault(name, announce)
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-105
 def _seen(views, name): return views.get(name, {}).get("fields", {}).get("seen", [])
 
 def _who(data, views, name, number): # as an app knows a number
@@ -94,6 +98,7 @@ def _missed(data, views, before): # today's missed calls, until somebody looks a
     return [Notice("phone", str(c["id"]), _who(data, views, "phone", c["number"]), "Missed call", c["time"],
                    ("call", c["id"])) for c in calls]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-106
 @posts("messages")
 def _arrived(data, views, before):
     last = {m["thread"]: m for m in data["messages"]["messages"]}
@@ -116,6 +121,7 @@ def _soon(data, views, before, hours=3): # events of the next hours
                           ("event", e["id"])))
     return out
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-108
 @posts("mail")
 def _mails(data, views, before, most=3): # the newest ones
     fresh = [m for m in reversed(data["mail"]["mails"]) if m["unread"] and m["folder"] == "inbox"
@@ -134,12 +140,14 @@ def _rings(data, views, before): # a running timer, and the next alarm of today
     alarm = a and [Notice("clock", f"alarm {a['id']}", "Upcoming alarm", say, "today", ("alarm", a["id"]))]
     return (timer if d["timer"]["is"] == "running" else []) + (alarm or [])
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-109
 @posts("music")
 def _plays(data, views, before):
     now = data["music"]["playing"]
     if now["is"] != "playing": return []
     return [Notice("music", "playing", song(now["song"])["title"], song(now["song"])["by"], "now", ("player",), True)]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-111
 @posts("store")
 def _installed(data, views, before): # apps that have come since, and those that could be updated
     had = {a["id"] for a in before["store"]["apps"] if a["installed"]}
@@ -157,12 +165,13 @@ def notices(
     before: dict = None, # the data at first; the same where left out
 ) -> list:              # of `Notice`
     "Every notification that is there, app by app."
-    gone = {(d["app"], d["key"]) for d in data["shade"]["dismissed"]}
+    gone = {(d["by"], d["key"]) for d in data["shade"]["dismissed"]}
     gone |= {tuple(s) for s in views.get("shade", {}).get("seen", [])}
     heard = [name for name in POSTS if may(data, name, "notifications", views)]
     found = [n for name in heard for n in POSTS[name](data, views, before or data)]
     return [n for n in found if (n.app, n.key) not in gone]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-112
 def noticed(
     phone, # a `SimPhone`, now
 ) -> list: # of `Notice`
@@ -179,6 +188,7 @@ class Status(NamedTuple):
     on: tuple      # symbols of what is switched on
     night: bool    # whether the theme is dark
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-114
 def status(
     phone, # a `SimPhone`, now
 ) -> Status:
@@ -196,6 +206,7 @@ def _bar(n, s): # a status bar with what the system shows
     some = [mark(i) for i in s.waiting[:4]] + [ui.text("+", 40, color, bold=True)] * (len(s.waiting) > 4)
     return altered(n, children=(time, ui.spacer(8), *some, ui.spacer(), *map(mark, s.on), battery))
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-115
 def with_status(
     n: ui.Node, # a screen, or its first part
     s: Status,  # to be shown
@@ -240,6 +251,7 @@ QUICK = {  # key of a switch: label, symbol
     "airplane": ("Airplane mode", "plane"), "do not disturb": ("Do not disturb", "quiet"),
     "dark": ("Dark theme", "moon"), "rotate": ("Auto-rotate screen", "rotate"), "saver": ("Battery saver", "battery")}
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-116
 def is_on(
     data: dict, # of all apps
     key: str,   # of `QUICK`
@@ -247,6 +259,7 @@ def is_on(
     "Whether a quick setting is on."
     return data["shade"]["torch"] if key == "torch" else data["settings"][key]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-117
 def _head(): # the time and the day
     day = ui.text(day_name(0), design.BODY, ui.MUTED)
     return ui.row(ui.text(clock_time(*NOW).split()[0], 88), ui.spacer(), day, pad=(44, 32, 8, 32))
@@ -265,6 +278,7 @@ def app_disc(
     mark = ui.icon(glyph, size // 8 * 4, ui.on_color(color))
     return ui.row(ui.spacer(), mark, ui.spacer(), bg=color, width=size, height=size, radius=size // 2)
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-119
 def notice_card(
     n: Notice, # to be shown
 ) -> ui.Node:
@@ -286,6 +300,7 @@ def _tile(data, key): # a round switch
     return ui.icon_button(icon, ("flip", key), 64, f"{name} switch", ink, bg, width=144, height=144, radius=72,
                           desc=f"{name} {'on' if on else 'off'}")
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-121
 class Notes(System):
     "The page of notifications."
     def notes(self, state):
@@ -312,6 +327,7 @@ def _pill(data, key): # a switch with its name
     return ui.row(ui.icon(icon, 60, ink), words, on=("flip", key), role="quick setting", height=168, radius=84,
                   pad=(0, 40), gap=28, bg=ui.BLUE if on else ui.PAPER)
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-122
 def _slider(level): # tapped where it shall end
     part = lambda v: ui.column(width=88, height=104, on=("level", v), role="brightness level", desc=f"Brightness {v}%")
     full = ui.column(width=88 * level // 10, height=104, radius=52, bg=ui.BLUE) if level else None
@@ -319,6 +335,7 @@ def _slider(level): # tapped where it shall end
     zones = ui.row(*map(part, range(10, 101, 10)), width=880)
     return ui.row(ui.icon("sun", 60, ui.INK), ui.spacer(), ui.stack(bar, zones), pad=(28, 16))
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-124
 class Quick(Notes):
     "The page of quick settings."
     def quick(self, state):
@@ -346,11 +363,11 @@ class ShadeEvents(Quick):
 
     def on_dismiss(self, state, ep, app, key):
         n = next(n for n in noticed(state["phone"]) if (n.app, n.key) == (app, key))
-        return state if n.ongoing else added(state, "dismissed", app=app, key=key)
+        return state if n.ongoing else added(state, "dismissed", by=app, key=key)
 
     def on_clear(self, state, ep):
         for n in noticed(state["phone"]):
-            if not n.ongoing: state = added(state, "dismissed", app=n.app, key=n.key)
+            if not n.ongoing: state = added(state, "dismissed", by=n.app, key=n.key)
         return self.left(state)
 
     def swiped(self, state, direction):
@@ -406,6 +423,7 @@ def recent(
     now = phone.now.get("recent", [])
     return [*now, *[r["app"] for r in phone.data["recents"]["apps"] if r["app"] not in now]]
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-125
 def with_recent(
     state: dict, # of a phone with contents
 ) -> dict:       # with the app on show as the latest one
@@ -414,6 +432,7 @@ def with_recent(
     if here not in ICONS | MORE or names[:1] == [here]: return state
     return {**state, "recent": [here, *[n for n in names if n != here]]}
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-127
 def closed(
     state: dict, # of a phone
     names: list, # of apps
@@ -482,6 +501,7 @@ def undecided(
     return next((w for w in (*NEEDS.get(name, ()), "notifications") if may(phone.data, name, w, views) is None
                  and [name, w] not in off), None)
 
+# %% ../../nbs/phone/34y_system.ipynb #34y-128
 def lacking(
     phone,        # a `SimPhone`, now
     event: tuple, # of a tap in the app on show
