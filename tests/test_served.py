@@ -34,6 +34,7 @@ def test_in_vllms_environment():
 PAGE = 32 # tokens; the smallest that vLLM has on a CPU
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2000", "--max-num-seqs", "16", "--block-size", str(PAGE)]
 HOW = dict(llava=dict(language="mobile-use-1000", side=160), qwen=dict(language="ui-tars", side=112, screens=2, history=2))
+ADAPTERS = dict(llava=0, qwen=8) # largest rank; vLLM on a CPU cannot score a prompt where a Llama's output head may be adapted
 GOALS = [prompt("Buy a lamp", ""), prompt("Go to velmora.com and search for a red lamp", decision(render(press("back"))))]
 ACTIONS = [render(a) for a in (tap(.5, .31), type_text('a <image> "red" </s> lamp'), press("back"))] + ["tap it!"]
 
@@ -66,7 +67,7 @@ def both(request, tmp_path_factory):
     "A policy here, the same at a server, and a folder."
     folder = tmp_path_factory.mktemp(request.param)
     here = VLMPolicy(vlm_for(request.param), VLMPolicyConfig(max_new_tokens=20, **HOW[request.param]))
-    with at_vllm(here, folder, lora=8) as server: yield here, ServedPolicy.from_pretrained(folder/"policy", server), folder
+    with at_vllm(here, folder, lora=ADAPTERS[request.param]) as server: yield here, ServedPolicy.from_pretrained(folder/"policy", server), folder
 
 
 def counted(server):
@@ -117,6 +118,7 @@ def test_a_run_is_repeated_by_its_seed(both):
 
 
 @inside
+@pytest.mark.parametrize("both", ["qwen"], indirect=True)
 def test_an_adapter_is_loaded_while_the_server_runs(both):
     here, served, folder = both
     seen, own = here.see(noise(0, 1), noise(2, 3)), served.server
