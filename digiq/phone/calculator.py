@@ -14,9 +14,8 @@ from functools import lru_cache
 
 from . import design, ui
 from .apps import app
-from .notes import once
 from .pages import PagedApp, added, record, removed, sent, stored
-from .templates import (ANY, NEW, Template, changed, changes, fill, fulfilled, go, gone, new, tap,
+from .templates import (ANY, NEW, Template, changed, changes, fill, fulfilled, go, gone, new, once, tap,
                                    template, value)
 
 # %% ../../nbs/phone/34l_calculator.ipynb #34l-006

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'FIELDS', 'COMPANIES', 'SERVICES', 'contact', 'digits', 'number_of', 'name_of', 'first_number', 'Contacts',
-           'search_bar', 'contact_row', 'by_name', 'round_button', 'menu_dialog', 'centred', 'some_number', 'some_name',
-           'other_contact', 'fill_all', 'find', 'AddContact', 'AddColleague', 'DeleteContact', 'AddFavourite',
-           'DropFavourite', 'ShowContact', 'ChangeNumber', 'RenameContact', 'AddCompany', 'StarByNumber',
-           'DeleteOfTown', 'StarOfCompany']
+           'contact_row', 'by_name', 'some_number', 'some_name', 'other_contact', 'AddContact', 'AddColleague',
+           'DeleteContact', 'AddFavourite', 'DropFavourite', 'ShowContact', 'ChangeNumber', 'RenameContact',
+           'AddCompany', 'StarByNumber', 'DeleteOfTown', 'StarOfCompany']
 
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-003
 from fastcore.basics import patch
@@ -16,8 +15,8 @@ from . import design, ui
 from .apps import app
 from .everyday import FIRST_NAMES, LAST_NAMES, TOWNS, address_of, mail_of, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent
-from .templates import Template, changed, fill, go, gone, look_up, new, showing, tap, template
-from .world import normal
+from .templates import (Template, changed, fill, fill_all, find, go, gone, look_up, new, showing, tap,
+                                   template)
 
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-006
 NUMBERS = {"mobile": "Mobile", "home": "Home", "work": "Work"} # field: label
@@ -88,15 +87,6 @@ class Contacts(PagedApp):
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-014
 ui.ICONS |= {"star outline": "l 12 2 15 9 22 9.5 16.5 14 18.5 21.5 12 17.5 5.5 21.5 7.5 14 2 9.5 9 9 12 2"}
 
-def search_bar(
-    hint: str, # what it says
-) -> ui.Node:
-    "What looks like a search field and opens the page `search`."
-    inner = ui.icon("search", 56, ui.MUTED), ui.text(hint, design.BODY, ui.MUTED, width="fill")
-    bar = ui.row(*inner, on=("open", "search"), role="search box", bg=ui.SURFACE, radius=64, height=128, pad=(0, 40),
-                 gap=32)
-    return ui.column(bar, pad=(12, design.EDGE))
-
 def contact_row(
     contact: dict, # record
     on: tuple,     # event of a tap
@@ -114,7 +104,7 @@ def by_name(
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-015
 @patch
 def page_home(self:Contacts, state, ep):
-    body, letter = [search_bar("Search contacts")], ""
+    body, letter = [design.search_bar("Search contacts")], ""
     for c in by_name(state["data"]["contacts"]):
         if c["name"][:1].upper() != letter: body.append(design.section(letter := c["name"][:1].upper(), self.color))
         body.append(contact_row(c, ("open", "contact", c["id"]), c["company"]))
@@ -139,45 +129,12 @@ def page_search(self:Contacts, state, ep):
     none = design.empty("Nobody found" if asked else "Name, number, company, town", "search")
     return design.Page("Search", [design.search_field(state, "find", "Search contacts"), *(rows or [none])])
 
-# %% ../../nbs/phone/34c_contacts.ipynb #34c-017
-def round_button(
-    label: str, # under it
-    icon: str,  # in it
-    on: tuple,  # event of a tap
-    color: str, # of the app
-    full: bool = False, # whether the disc has the full colour
-) -> ui.Node:
-    "A disc with a symbol and a label."
-    bg = color if full else ui.mix(color, ui.WHITE, .85)
-    disc = ui.row(ui.spacer(), ui.icon(icon, 64, ui.WHITE if full else color), ui.spacer(), width=136, height=136,
-                  radius=68, bg=bg)
-    return ui.column(disc, ui.text(label, design.SMALL, color), gap=12, align="center", width=196, on=on,
-                     role=f"{label.lower()} button")
-
-# %% ../../nbs/phone/34c_contacts.ipynb #34c-018
-def menu_dialog(
-    title: str, # above
-    rows,       # (label, icon, event), None is skipped
-    color: str, # of the app
-) -> ui.Node:
-    "A list of things to do."
-    line = lambda label, icon, on: ui.row(ui.icon(icon, 56, ui.MUTED), ui.text(label, design.BODY), on=on,
-                                          role="menu item", pad=(28, 0), gap=36, bg=ui.WHITE)
-    return design.dialog(title, *[line(*r) for r in rows if r], buttons=[("Cancel", ("dismiss",))], color=color)
-
-def centred(
-    *nodes, # side by side
-    **style, # fields of `ui.Node`
-) -> ui.Node:
-    "Nodes in the middle of a line."
-    return ui.row(ui.spacer(), *nodes, ui.spacer(), **{"pad": (8, design.EDGE), "gap": 32, **style})
-
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-021
 @patch
 def page_contact(self:Contacts, state, ep, id):
     c = record(state, "contacts", id)
-    head = [centred(design.avatar(c["name"], 240)), centred(ui.text(c["name"], design.TITLE, bold=True)),
-            centred(ui.text(c["company"], design.BODY, ui.MUTED)) if c["company"] else None, self._deeds(id, c)]
+    head = [design.centred(design.avatar(c["name"], 240)), design.centred(ui.text(c["name"], design.TITLE, bold=True)),
+            design.centred(ui.text(c["company"], design.BODY, ui.MUTED)) if c["company"] else None, self._deeds(id, c)]
     line = lambda text, label, icon, on, role: design.list_row(text, on, label, icon, role=role)
     numbers = [line(c[k], label, "phone", ("call", id, k), f"{label.lower()} number") for k, label in NUMBERS.items()
                if c[k]]
@@ -195,7 +152,7 @@ def _deeds(self:Contacts, id, c): # the round buttons
     deeds = [("Call", "phone", ("call", id, "")) if number else None, ("Message", "send", ("write", id)) if number
              else None,
              ("Mail", "mail", ("mail", id, "button")) if c["mail"] else None, ("Share", "share", ("share", id))]
-    return centred(*[round_button(*d, self.color) for d in deeds if d], pad=(40, design.EDGE), gap=24)
+    return design.centred(*[design.round_button(*d, self.color) for d in deeds if d], pad=(40, design.EDGE), gap=24)
 
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-022
 @patch
@@ -287,27 +244,6 @@ def other_contact(
     "Somebody else."
     rest = [c for c in data["contacts"]["contacts"] if c["id"] != id]
     return next((c["id"] for c in rest if all(c[k] == v for k, v in fields.items())), None)
-
-def fill_all(
-    phone,     # a `SimPhone` with a form on show
-    **fields,  # field: text
-):             # a move, or None
-    "Get texts into the fields of a form, one after the other."
-    return next((move for k, v in fields.items() if (move := fill(phone, k, v))), None)
-
-# %% ../../nbs/phone/34c_contacts.ipynb #34c-036
-def find(
-    phone,        # a `SimPhone`, now
-    app: str,     # name of an app with a page `search`
-    text: str,    # what is looked for
-    page: tuple,  # that a result opens: ("contact", 3)
-):                # a move, or None on that page
-    "Move towards a page by searching for it."
-    own = phone.now["apps"].get(app)
-    there = (own and any(e["page"] == "search" for e in own["stack"])
-             and normal(own["fields"].get("find", "")) == normal(text))
-    if there: return go(phone, app, "search", page)
-    return go(phone, app, "search") or fill(phone, "find", text)
 
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-038
 @template("add a contact", "contacts", level=2, horizon=14)

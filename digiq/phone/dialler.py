@@ -12,9 +12,7 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import (NUMBERS, by_name, centred, contact, contact_row, digits, find, first_number,
-                                  name_of, number_of,
-                                  round_button, some_name, some_number)
+from .contacts import by_name, contact, digits, first_number, name_of, number_of, some_name, some_number
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, record, removed, sent, stored
 from .templates import Template, changed, fill, go, gone, look_up, new, showing, tap, template
@@ -104,9 +102,10 @@ def page_call(self:Dialler, state, ep, id):
     rest = [design.list_row(KINDS_OF_CALL[e["kind"]], None, when(e), e["kind"], lasting(e["seconds"]) if e["seconds"]
                             else None)
             for e in reversed(state["data"]["calls"]) if e["number"] == number and e["id"] != id]
-    head = [centred(design.avatar(who if known else "?", 240)), centred(ui.text(who, design.TITLE, bold=True)),
-            centred(ui.text(number, design.BODY, ui.MUTED)) if known else None,
-            centred(*[round_button(*d, self.color) for d in deeds], pad=(40, design.EDGE),
+    head = [design.centred(design.avatar(who if known else "?", 240)),
+            design.centred(ui.text(who, design.TITLE, bold=True)),
+            design.centred(ui.text(number, design.BODY, ui.MUTED)) if known else None,
+            design.centred(*[design.round_button(*d, self.color) for d in deeds], pad=(40, design.EDGE),
                     gap=24), design.section("This call", self.color), *facts]
     return design.Page("", [*head, *([design.section("Other calls", self.color), *rest] if rest else [])],
                        actions=(("trash", ("ask", "delete", id), "delete button"),))
@@ -157,16 +156,17 @@ def asked_dial(self:Dialler, state, ep, number): return self.dialled(state, numb
 @patch
 def page_calling(self:Dialler, state, ep, number):
     who, on = self.caller(state, number), state["fields"].get("switched on", [])
-    deeds = [round_button(l, icon, ("toggle", "switched on", l), self.color, l in on) for l,
+    deeds = [design.round_button(l, icon, ("toggle", "switched on", l), self.color, l in on) for l,
              icon in (("Mute", "mic"), ("Speaker", "volume"), ("Hold", "pause"))]
     end = ui.icon_button("hang up", ("end",), 96, "end call button", ui.WHITE, ui.RED, width=216, height=216,
                          radius=108)
     words = [ui.text(who, 80, bold=True), ui.text(number if who != number else "Not in the contacts", design.BODY,
                                                   ui.MUTED),
              ui.text("Calling…", design.HEAD, self.color)]
-    return design.Page("", [ui.spacer(120), centred(design.avatar(who if who != number else "?", 400)), ui.spacer(40),
-                            *map(centred, words), ui.spacer(), centred(*deeds, gap=80),
-                            ui.spacer(160), centred(end), ui.spacer(160)], still=True)
+    face = design.centred(design.avatar(who if who != number else "?", 400))
+    return design.Page("", [ui.spacer(120), face, ui.spacer(40), *map(design.centred, words), ui.spacer(),
+                            design.centred(*deeds, gap=80), ui.spacer(160), design.centred(end), ui.spacer(160)],
+                       still=True)
 
 @patch
 def on_end(self:Dialler, state, ep): return self.closed(state)
@@ -182,14 +182,14 @@ def page_keypad(self:Dialler, state, ep):
         words = ui.column(ui.spacer(), ui.text(face, 76), ui.text(LETTERS[face], 32, ui.MUTED) if LETTERS[face]
                           else None, ui.spacer(), align="center", height=176)
         return ui.row(words, width=260, height=176, radius=88, bg=ui.SURFACE, on=("digit", face), role="key")
-    shown = [centred(ui.text(number_of(number) or " ", 100, bold=True, lines=-1)),
-             centred(ui.text(who if who != number_of(number) else " ", design.BODY, ui.MUTED))]
-    rows = [centred(*map(key, faces), gap=48) for faces in ("123", "456", "789", "*0#")]
+    shown = [design.centred(ui.text(number_of(number) or " ", 100, bold=True, lines=-1)),
+             design.centred(ui.text(who if who != number_of(number) else " ", design.BODY, ui.MUTED))]
+    rows = [design.centred(*map(key, faces), gap=48) for faces in ("123", "456", "789", "*0#")]
     ring = ui.icon_button("phone", ("call", number), 88, "call button", ui.WHITE, self.color, width=200, height=200,
                           radius=100)
     erase = ui.icon_button("erase", ("erase",), 72, "erase button", ui.MUTED, width=200, height=200)
     return design.Page("Keypad", [ui.spacer(), *shown, ui.spacer(), *rows, ui.spacer(40),
-                                  centred(ui.spacer(200), ring, erase, gap=80), ui.spacer(60)], still=True)
+                                  design.centred(ui.spacer(200), ring, erase, gap=80), ui.spacer(60)], still=True)
 
 @patch
 def on_digit(self:Dialler, state, ep, digit):

@@ -13,9 +13,9 @@ __all__ = ['SORTS', 'ENDINGS', 'KINDS_OF', 'TOP', 'NAMES', 'INNER', 'SIZE_OF', '
 from . import design, ui
 from .apps import app
 from .everyday import day_name
-from .notes import once, was_on
 from .pages import PagedApp, added, edited, record, removed, sent, stored
-from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template)
+from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, showing, tap, template,
+                                   was_on)
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-006
 ui.ICONS |= {"file": "l 6 2 14 2 19 7 19 22 6 22 6 2;l 14 2 14 7 19 7",

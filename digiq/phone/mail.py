@@ -12,12 +12,13 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import by_name, centred, contact_row, find, menu_dialog, search_bar
+from .contacts import by_name, contact_row
 from .dialler import call_made
 from .everyday import NOW, clock_time, day_name, mail_of
 from .messages import TEXTS, message_sent, write_to
 from .pages import PagedApp, added, at, edited, record, removed, sent
-from .templates import ANY, Template, changed, fill, go, gone, look_up, new, pick, showing, tap, template
+from .templates import (ANY, Template, changed, fill, find, go, gone, look_up, new, pick, showing, tap,
+                                   template)
 from .world import normal
 
 # %% ../../nbs/phone/34f_mail.ipynb #34f-006
@@ -121,7 +122,7 @@ def _line(self:Mail, state, m): # a mail in a list
 @patch
 def _list(self:Mail, state, title, keep, none, search=False, actions=()): # a page with the mails that are kept
     rows = [self._line(state, m) for m in reversed(state["data"]["mails"]) if keep(m)]
-    body = [search_bar("Search mail")] if search else []
+    body = [design.search_bar("Search mail")] if search else []
     return design.Page(title, [*body, *(rows or [design.empty(none, "mail")])],
                        button=("edit", ("open", "write", 0, "new"), "write button"), actions=actions)
 
@@ -184,7 +185,7 @@ def page_mail(self:Mail, state, ep, id):
     body = ui.text(m["text"], design.BODY, lines=20, pad=(24, design.EDGE))
     button = lambda l: ui.button(l, ("open", "write", id, l.lower()), "outlined", self.color, l.lower(),
                                  f"{l.lower()} button")
-    foot = centred(button("Reply"), button("Forward"), gap=40, pad=(28, design.EDGE), bg=ui.PAPER)
+    foot = design.centred(button("Reply"), button("Forward"), gap=40, pad=(28, design.EDGE), bg=ui.PAPER)
     archive = (("archive", ("move", id, "Archive"), "archive button"),) if m["folder"] != "archive" else ()
     trash = ("trash", ("ask", "delete", id) if m["folder"] == "bin" else ("move", id, "Bin"), "delete button")
     return design.Page("", [head, label, who, body, self.quoted(state, m["quotes"])],
@@ -229,7 +230,7 @@ def on_show(self:Mail, state, ep, name, address):
 # %% ../../nbs/phone/34f_mail.ipynb #34f-021
 @patch
 def ask_menu(self:Mail, state, ep, id):
-    return menu_dialog("This mail", [("Move to", "folder", ("ask", "move", id)),
+    return design.menu_dialog("This mail", [("Move to", "folder", ("ask", "move", id)),
                                      ("Label", "tag", ("ask", "label", id)),
                                      ("Mark as unread", "mail", ("leave unread", id))], self.color)
 

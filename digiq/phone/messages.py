@@ -13,11 +13,11 @@ from fastcore.basics import patch
 
 from . import design, ui
 from .apps import app
-from .contacts import (by_name, contact_row, digits, find, first_number, menu_dialog, name_of, number_of,
-                                  other_contact, search_bar, some_number)
+from .contacts import (by_name, contact_row, digits, first_number, name_of, number_of, other_contact,
+                                  some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
-from .templates import ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template
+from .templates import ANY, Template, changed, fill, find, go, gone, look_up, new, showing, tap, template
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-006
 TALKS = {
@@ -104,7 +104,8 @@ def page_home(self:Messages, state, ep):
                     key=lambda t: (not t["pinned"], -last[t["id"]]["id"] if t["id"] in last else 0))
     rows = [self._line(state, t, ("You: " if m["me"] else "") + m["text"], m["at"]) for t in ranked
             if (m := last.get(t["id"]))]
-    return design.Page("Messages", [search_bar("Search messages"), *(rows or [design.empty("No messages", "mail")])],
+    rows = rows or [design.empty("No messages", "mail")]
+    return design.Page("Messages", [design.search_bar("Search messages"), *rows],
                        button=("plus", ("open", "new"), "new message button"))
 
 @patch
@@ -182,7 +183,7 @@ def on_submit(self:Messages, state, ep, field):
 @patch
 def ask_menu(self:Messages, state, ep, id):
     t = record(state, "threads", id)
-    return menu_dialog(self.writer(state, t["number"]), [
+    return design.menu_dialog(self.writer(state, t["number"]), [
         ("Unpin" if t["pinned"] else "Pin", "pin", ("mark", id, "pinned")), ("Unmute" if t["muted"] else "Mute",
                                                                              "muted", ("mark", id, "muted")),
         ("Mark as unread", "mail", ("leave unread", id)), ("Delete", "trash", ("ask", "delete", id))], self.color)

@@ -16,10 +16,9 @@ from typing import NamedTuple
 from . import design, ui
 from .apps import app
 from .everyday import FIRST_NAMES, LAST_NAMES, TOWNS
-from .notes import once, was_on
 from .pages import PagedApp, added, edited, record, removed, sent, stored
-from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, pick, showing, tap, template,
-                                   value)
+from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, pick, showing, tap,
+                                   template, value, was_on)
 
 # %% ../../nbs/phone/34m_news.ipynb #34m-006
 ui.ICONS |= {"leaf": "p 4 20 5 9 12 4 21 3 20 12 15 19;l 2 22 12 12",

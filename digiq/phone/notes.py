@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'TEXTS', 'LISTS', 'THINGS', 'FOLDERS', 'some_text', 'check_box', 'note_card', 'cards', 'kept', 'NoteLists',
-           'NotePage', 'NoteEvents', 'NoteSharing', 'text_area', 'NoteForm', 'NoteSaving', 'ListForm', 'ListEvents',
-           'NoteFolders', 'FolderEvents', 'NoteBin', 'Notes', 'a_note', 'others', 'was_on', 'once', 'WriteNote',
-           'WriteList', 'AddItem', 'TickItem', 'ThrowAway', 'RestoreNote', 'PinNote', 'PaintNote', 'MoveNote',
-           'AddFolder', 'DeleteAbout', 'NoteFirst', 'TimerFromNote', 'AlarmFromNote', 'NetworkFromNote']
+           'NotePage', 'NoteEvents', 'NoteSharing', 'NoteForm', 'NoteSaving', 'ListForm', 'ListEvents', 'NoteFolders',
+           'FolderEvents', 'NoteBin', 'Notes', 'a_note', 'others', 'WriteNote', 'WriteList', 'AddItem', 'TickItem',
+           'ThrowAway', 'RestoreNote', 'PinNote', 'PaintNote', 'MoveNote', 'AddFolder', 'DeleteAbout', 'NoteFirst',
+           'TimerFromNote', 'AlarmFromNote', 'NetworkFromNote']
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-003
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from . import design, ui
 from .apps import app
 from .everyday import STREETS, clock_time, day_name
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
-from .templates import (ANY, Template, changed, fill, go, look_up, new, showing, tap,
-                                   template, value)
+from .templates import (ANY, Template, changed, fill, go, look_up, new, once, showing, tap, template, value,
+                                   was_on)
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-006
 ui.ICONS |= {"pin": "p 8 2 16 2 16 9 19 14 5 14 8 9;l 12 14 12 22",
@@ -189,25 +189,6 @@ class NoteSharing(PagedApp):
 
     def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
 
-# %% ../../nbs/phone/34j_notes.ipynb #34j-020
-def text_area(
-    state: dict,  # of the app
-    name: str,    # of the field
-    hint: str,    # shown while it is empty
-) -> ui.Node:
-    "A field of several lines."
-    held, here = state["fields"].get(name, ""), state["focus"] == name
-    caret = ui.node("space", width=8, height=56, bg=ui.BLUE) if here else None
-    words = ui.column(ui.text(held or hint, design.BODY, ui.INK if held else ui.MUTED, lines=10),
-                      caret if held else None)
-    clear = ui.icon_button("close", ("clear", name), 44, "clear button", ui.MUTED, desc="Clear") if held else None
-    inner = tuple(c for c in (None if held else caret, words, clear) if c)
-    look = dict(bg="#dfeaff", border=(8, ui.BLUE)) if here else dict(bg=ui.SURFACE)
-    box = ui.node("field", inner, text=held or hint, role=f"{hint.lower()} field", id=name, on=("focus", name),
-                  focused=here, width="fill", align="start",
-                  pad=(32, 28, 32, 36), gap=12, radius=28, **look)
-    return ui.column(ui.text(hint, design.SMALL, ui.MUTED), box, gap=8, pad=(12, design.EDGE))
-
 # %% ../../nbs/phone/34j_notes.ipynb #34j-021
 class NoteForm(PagedApp):
     "Title and text; 0 stands for a new note."
@@ -217,7 +198,7 @@ class NoteForm(PagedApp):
 
     def page_edit(self, state, ep, id):
         return design.Page("Edit note" if id else "New note",
-                           [design.form_field(state, "title", "Title"), text_area(state, "text", "Text")],
+                           [design.form_field(state, "title", "Title"), design.text_area(state, "text", "Text")],
                            (("check", ("save", id), "save button"),))
 
     def on_save(self, state, ep, id):
@@ -385,24 +366,6 @@ def others(
 ) -> list:   # of records
     "The notes beside one."
     return [n for n in data["notes"]["notes"] if not n["binned"] and n["id"] != id]
-
-# %% ../../nbs/phone/34j_notes.ipynb #34j-043
-def was_on(
-    phone,     # a `SimPhone`, now
-    app: str,  # name of an app of pages
-    page: str, # one of its pages
-    *of,       # which one
-) -> bool:     # whether the user has it open there, in front or behind
-    "Whether a page has been looked at."
-    stack = phone.now["apps"].get(app, {"stack": []})["stack"]
-    return [page, *of] in [[p["page"], *p["of"]] for p in stack]
-
-def once(
-    data: dict, # of all apps at the beginning
-    moves,      # (phone, f) -> a move
-):              # the same, which ends with the first change of data
-    "Moves up to the first thing that they change."
-    return lambda phone, f: moves(phone, f) if phone.data == data else None
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-045
 @template("write a note", "notes", level=2, horizon=12)
