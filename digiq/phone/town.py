@@ -153,6 +153,7 @@ def metres(
     "How far it is."
     return sum(leg.metres for leg in way(start, end))
 
+# %% ../../nbs/phone/31b_town.ipynb #af779560
 def minutes(
     start: str, # an address
     end: str,   # another one
@@ -193,6 +194,8 @@ ui.ICONS |= {
     "tree": "p 12 2 20 12 16 12 21 18 3 18 8 12 4 12;l 12 18 12 22",
     "fuel": "p 4 3 14 3 14 21 4 21;l 14 10 18 10 18 18 21 18 21 8 18 5",
     "bread": "p 3 10 6 6 18 6 21 10 19 12 19 19 5 19 5 12"}
+
+# %% ../../nbs/phone/31b_town.ipynb #101988e4
 PLACE_KINDS = {  # kind: icon, colour
     "Cafe": ("cup", "#a5632a"), "Restaurant": ("fork", "#d35400"), "Bakery": ("bread", "#c08a1e"),
     "Pharmacy": ("pill", "#c5221f"), "Supermarket": ("bag", "#1a73e8"),
@@ -226,6 +229,7 @@ class Place(NamedTuple):
     votes: int    # how many gave stars
     address: str
 
+# %% ../../nbs/phone/31b_town.ipynb #d28fe1d7
 @lru_cache(1)
 def places() -> dict: # name: `Place`
     "Everything in the home town that has a name."
