@@ -238,7 +238,7 @@ class _Event(PagedApp):
 LENGTHS = {"30 min": 30, "1 hour": 60, "90 min": 90, "2 hours": 120}
 PLAIN = dict(length=60, place="", guests=[], repeat="Never", remind="None") # of a new event
 
-class _Fields(PagedApp):
+class _Fields(_Month):
     "What the form holds."
     def fields_edit(self, state, ep, id):
         e = record(state, "events", id) or {**PLAIN, "title": "", "day": state["fields"]["day"]}
@@ -300,7 +300,7 @@ class _Date(PagedApp):
         return design.Page("Guests", list(map(row, sorted(people(ep.content)))))
 
 # %% ../../nbs/phone/34g_calendar.ipynb #5a2bc38a
-class _Search(PagedApp):
+class _Search(_Month):
     "The search, which can be typed into at once; and what other apps ask for."
     def on_open(self, state, ep, page, *of):
         state = super().on_open(state, ep, page, *of)

@@ -112,7 +112,7 @@ class _CallEvents(_Call):
         return sent(state, "contacts", "show", who) if who != number else sent(state, "contacts", "add", "", number)
 
 # %% ../../nbs/phone/34d_phone.ipynb #3b2ef30f
-class _Dialling(PagedApp):
+class _Dialling(_Lines):
     "Calls that are made."
     def _dialled(self, state, number): # with a call to the number under way
         if not digits(number): return state
@@ -152,7 +152,7 @@ def _key(face): # of the keypad
     return ui.row(words, width=260, height=176, radius=88, bg=ui.SURFACE, on=("digit", face), role="key")
 
 # %% ../../nbs/phone/34d_phone.ipynb #33b9fd49
-class _Keypad(PagedApp):
+class _Keypad(_Lines):
     "The keypad."
     def page_keypad(self, state, ep):
         number = state["fields"].get("number", "")
@@ -182,7 +182,7 @@ class _Keys(_Keypad):
         return self.on_digit(state, None, digits(text))
 
 # %% ../../nbs/phone/34d_phone.ipynb #27fd8781
-class _Favourites(PagedApp):
+class _Favourites(_Dialling):
     "Contacts with a star, two in a line."
     def page_favourites(self, state, ep):
         stars = [c for c in by_name(address_book(state)) if c["favourite"] and first_number(c)]
@@ -195,7 +195,7 @@ class _Favourites(PagedApp):
         return self._dialled(state, first_number(look_up(state["reads"], "contacts", "contacts", id=id)))
 
 # %% ../../nbs/phone/34d_phone.ipynb #884b052a
-class _Blocked(PagedApp):
+class _Blocked(_Lines):
     "Numbers whose calls are rejected."
     def fields_blocked(self, state, ep): return {"block": ""}
 

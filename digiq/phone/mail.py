@@ -35,22 +35,15 @@ LETTERS = {
     "Piano lessons": "Tuesdays at five would suit us. Shall we begin next week?"}
 
 # %% ../../nbs/phone/34f_mail.ipynb #34f-007
-NOTICES = {
-    "Your order is on its way": ("Quill Stationers",
-                                 "Forty envelopes and two pens left our house today. They arrive within three days."),
-    "Invoice for April": ("Nimbus Energy",
-                          "The invoice for April is in your account. It is due on the last day of May."),
-    "Your flight to Stormhaven": ("Kestrel Air", "You can check in from tomorrow. Seats by the window are still free."),
-    "Sale of winter boots": ("Tarn Outdoor",
-                             "All boots of last winter are at half the price, as long as there are any."),
-    "Library books are due": ("Norholt Library", "Two books are due on Friday. You can renew them once."),
-    "Your rent contract": ("Brackwell Homes", "The contract is ready. Please sign both copies and send one back."),
-    "Newsletter of the zoo": ("Ilmenau Zoo", "The otters have young ones. Feeding time is at eleven and at four."),
-    "Confirm your booking": ("Marigold Hotel",
-                             "We keep a double room for you from 3 to 6 June. Please confirm by Sunday.")}
-
-FOLDERS = {"inbox": "Inbox", "sent": "Sent", "archive": "Archive", "bin": "Bin"}
-LABELS = ("Work", "Family", "Travel", "Bills")
+LETTERS |= {
+    "Quiz night": "The quiz is on Wednesday. Last time nobody knew the rivers, so learn the rivers.",
+    "Lost gloves": "Somebody left brown gloves in my car. Are they yours?",
+    "Timetable": "I attach the timetable of the ferry. The first one leaves at twenty to six.",
+    "Budget for autumn": "If we print less, the budget holds. I need your answer this week.",
+    "New office": "We move to the third floor. Pack your desk by Thursday.",
+    "Walking tour": "Twelve kilometres, one hill, and soup at the end of it.",
+    "School play": "Our youngest is a tree in the school play. She asks if you will come.",
+    "Greenhouse": "The glass has arrived. With four hands it is done in an afternoon."}
 
 # %% ../../nbs/phone/34f_mail.ipynb #2b4f9bbb
 NOTICES = {
@@ -66,6 +59,10 @@ NOTICES = {
     "Newsletter of the zoo": ("Ilmenau Zoo", "The otters have young ones. Feeding time is at eleven and at four."),
     "Confirm your booking": ("Marigold Hotel",
                              "We keep a double room for you from 3 to 6 June. Please confirm by Sunday.")}
+
+# %% ../../nbs/phone/34f_mail.ipynb #e66a2ba3
+FOLDERS = {"inbox": "Inbox", "sent": "Sent", "archive": "Archive", "bin": "Bin"}
+LABELS = ("Work", "Family", "Travel", "Bills")
 
 # %% ../../nbs/phone/34f_mail.ipynb #34f-008
 def letter(

@@ -206,7 +206,7 @@ class _New(_Threads):
         return design.Page("New message", [design.form_field(state, "to", "To", "Name or number"), *rows])
 
 # %% ../../nbs/phone/34e_messages.ipynb #ee2d1579
-class _Start(_New):
+class _Start(_New, _Thread):
     "The page for somebody with whom there is no thread yet."
     def page_start(self, state, ep, number):
         return design.Page(self.writer(state, number), [design.empty("No messages yet", "send")],
@@ -370,8 +370,8 @@ class MuteThread(_OneThread):
     def wanted(self, data, f): return [changed("messages", "threads", f.id, **{self.key: True})]
     def moves(self, phone, f, key=None): return _menu(phone, f.id, ("mark", f.id, key or self.key))
     def misses(self, data, f):
-        other, key = super().misses(data, f), {"pinned": "muted", "muted": "pinned"}[self.key]
-        return {**(other if other["another one"]["id"] else {}), "deleted": lambda phone, f: _delete(phone, f.id),
+        other, key = _other_thread(data, f.id, **{self.key: False}), {"pinned": "muted", "muted": "pinned"}[self.key]
+        return {**({"another one": {"id": other}} if other else {}), "deleted": lambda phone, f: _delete(phone, f.id),
                 key: lambda phone, f: self.moves(phone, f, key)}
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-045

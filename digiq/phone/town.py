@@ -7,10 +7,6 @@ __all__ = ['HOME', 'UNIT', 'REGION', 'KNOTS', 'HERE', 'PACE', 'PLACE_KINDS', 'st
            'spelled', 'Leg', 'way', 'metres', 'minutes', 'length', 'duration', 'Place', 'places', 'is_open',
            'hours_note', 'address_in']
 
-# %% ../../nbs/phone/31b_town.ipynb #31b-002
-#| export
-#| default_exp phone.town
-
 # %% ../../nbs/phone/31b_town.ipynb #31b-003
 import random, re
 from bisect import bisect
@@ -105,8 +101,8 @@ def _turns(a, b): # the streets from one spot to another in a town
     if a.street == b.street: return [a.street]
     if across(a.street) != across(b.street): return [a.street, b.street]
     between = [s for s in streets(a.town) if across(s) != across(a.street)]
-    return [a.street, min(between, key=lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street,
-            s)) - (a.u + b.u) / 2)), b.street]
+    off = lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street, s)) - (a.u + b.u) / 2)
+    return [a.street, min(between, key=off), b.street]
 
 def _meet(town, a, b): return crossing(town, *((a, b) if streets(town)[a][0] else (b, a)))
 
