@@ -68,6 +68,7 @@ def scenery(
     return river, [(x + 18, y + 18, x + 107, y + 107) for x, y in parks], houses
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-008
+@ui.leaf("map")
 def _paint_map(im, n, x, y, w, h, s):
     "Drawn twice as large as it is shown."
     zoom, size = n.seed / 100 * s * 2, (round(w * s) * 2, round(h * s) * 2)
@@ -126,9 +127,6 @@ def _names(im, n, x, y, w, h, s, colors):
             break
 
 def _meet(a, b): return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] # whether two boxes do
-
-ui.KINDS["map"] = ("leaf", "view.View")
-ui._LEAVES["map"] = _paint_map
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-013
 def _pinned(name, icon, color, on, wide, x, y, height): # a disc with a symbol, its name below, on a map so high
