@@ -223,20 +223,21 @@ def page_explore(self:Maps, state, ep):
                                                    radius=56, elevation=8)
     tools = ui.column(round_("plus", ("zoom", 1), "zoom in"), round_("minus", ("zoom", -1), "zoom out"),
                       round_("target", ("centre",), "my location"), gap=24, width=112, place=(.97, .96))
-    led = _banner(d["going"], self.color) if d["going"]["to"] else None
+    down = ep.shift((.02, .08, .14, .2, .26), "banner")
+    led = _banner(d["going"], self.color, down) if d["going"]["to"] else None
     kinds = [ui.chip(k, ("open", "results", k), False, "category chip") for k in ("Cafe", "Restaurant", "Supermarket",
             "Pharmacy")]
     find = ui.column(_search_box("Search here", ("open", "search")), ui.row(*kinds, gap=16, pad=(16, 0, 0, 0)),
                      pad=(0, design.EDGE, 16, design.EDGE))
     whole = with_pins(base, pins, _here_pin(base), tools, led, names=f["zoom"] > 0,
-                      free=[(900, 1220, 1080, 1704), *([(0, 0, 1080, 240)] if led else [])])
+                      free=[(900, 1220, 1080, 1704), *([(0, 0, 1080, 206 + down * base.height)] if led else [])])
     return design.Page("Maps", [find, whole], (("grid", ("open", "layers"), "layers button"),), still=True)
 
-def _banner(going, color):
+def _banner(going, color, down):
     words = ui.text(f"To {going['to']}, {BY[going['by']]}", design.SMALL, ui.WHITE, lines=2, width="fill")
     return ui.row(words, ui.button("Stop", ("stop",), "tonal", color, role="stop button"), bg=color, radius=40,
                   pad=(20, 32), gap=24,
-                  width=984, place=(.02, .5))
+                  width=984, place=(down, .5))
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-022
 @patch
