@@ -239,7 +239,8 @@ class Dialler(_CallEvents, _Calling, _Keys, _Favourites, _Blocking):
         long = lambda kind: 0 if kind == "missed" else rng.randrange(9, 900)
         calls = [dict(id=i + 1, number=n, kind=k, day=day, time=clock_time(t // 12, t % 12 * 5), seconds=long(k))
                  for i, (n, k, (day, t)) in enumerate(zip(numbers, kinds, days))]
-        return {"calls": calls, "blocked": [dict(id=i + 1, number=some_number(rng)) for i in range(2)]}
+        blocked = [dict(id=i + 1, number=some_number(rng)) for i in range(rng.randrange(3, 6))]
+        return {"calls": calls, "blocked": blocked}
 
 # %% ../../nbs/phone/34d_phone.ipynb #6c777b7d
 def call_made(
@@ -391,7 +392,7 @@ class Unblock(Template):
         return {"number": b["number"], "id": b["id"]}
     def wanted(self, data, f): return [gone("phone", "blocked", f.id)]
     def moves(self, phone, f): return go(phone, "phone", "blocked") or tap(phone, ("unblock", f.id))
-    def misses(self, data, f): return {"the other one": {"id": 3 - f.id}}
+    def misses(self, data, f): return {"another one": {"id": f.id % 3 + 1}}
 
 # %% ../../nbs/phone/34d_phone.ipynb #34d-057
 @template("save a caller", "phone", "contacts", level=3, horizon=14)

@@ -116,6 +116,7 @@ def _names(im, n, x, y, w, h, s, colors):
         ui._put(im, ui.rgb(colors[6]), left, top, mask)
 
 # %% ../../nbs/phone/34h_maps.ipynb #42b4e95c
+@ui.leaf("map")
 def _paint_map(im, n, x, y, w, h, s):
     zoom, size = n.seed / 100 * s * 2, (round(w * s) * 2, round(h * s) * 2)
     at = lambda p: ((p[0] - n.place[0]) * zoom + size[0] / 2, (p[1] - n.place[1]) * zoom + size[1] / 2)
@@ -128,9 +129,6 @@ def _paint_map(im, n, x, y, w, h, s):
         for color, wide in (("#174ea6", 44), ("#4285f4", 30)): d.line(line, color, round(wide * s), joint="curve")
     im.paste(big.reduce(2), (round(x * s), round(y * s)))
     _names(im, n, x, y, w, h, s, STYLES[style[0]])
-
-ui.KINDS["map"] = ("leaf", "view.View")
-ui._LEAVES["map"] = _paint_map
 
 # %% ../../nbs/phone/34h_maps.ipynb #3fbc5104
 def _on_map(base, x, y): # where a point of the town is, px
@@ -210,10 +208,10 @@ def _tools(): # buttons on the map
                      button("target", ("centre",), "my location"), gap=24, width=112, place=(.97, .96))
 
 # %% ../../nbs/phone/34h_maps.ipynb #6fa68d82
-def _banner(going, color):
+def _banner(going, color, down):
     words = ui.text(f"To {going['to']}, {BY[going['by']]}", design.SMALL, ui.WHITE, lines=2, width="fill")
     button = ui.button("Stop", ("stop",), "tonal", color, role="stop button")
-    return ui.row(words, button, bg=color, radius=40, pad=(20, 32), gap=24, width=984, place=(.02, .5))
+    return ui.row(words, button, bg=color, radius=40, pad=(20, 32), gap=24, width=984, place=(down, .5))
 
 def _search(): # what stands above the map
     box = ui.row(ui.icon("search", 56, ui.MUTED), ui.text("Search here", design.BODY, ui.MUTED, width="fill"),
@@ -229,8 +227,9 @@ class _Explore(PagedApp):
         f, d = state["fields"], state["data"]
         base = map_node(f["at"], ZOOMS[f["zoom"]], 1704, _style(d))
         pins = [place_pin(n, ("open", "place", n)) for n in places()]
-        led = _banner(d["going"], self.color) if d["going"]["to"] else None
-        free = [(900, 1220, 1080, 1704), *([(0, 0, 1080, 240)] if led else [])]
+        down = ep.shift((.02, .08, .14, .2, .26), "banner")
+        led = _banner(d["going"], self.color, down) if d["going"]["to"] else None
+        free = [(900, 1220, 1080, 1704), *([(0, 0, 1080, 206 + down * base.height)] if led else [])]
         whole = with_pins(base, pins, _here_pin(base), _tools(), led, names=f["zoom"] > 0, free=free)
         return design.Page("Maps", [_search(), whole], (("grid", ("open", "layers"), "layers button"),), still=True)
 

@@ -370,7 +370,8 @@ class Music(_Finding):
 
     def data(self, rng, people):
         songs = lambda n: rng.sample(SONGS, n)
-        lists = [dict(id=i + 1, name=n, songs=songs(rng.randrange(2, 7))) for i, n in enumerate(rng.sample(NAMES, 3))]
+        names = rng.sample(NAMES, rng.randrange(4, 7))
+        lists = [dict(id=i + 1, name=n, songs=songs(rng.randrange(2, 7))) for i, n in enumerate(names)]
         liked = [dict(id=i + 1, song=s) for i, s in enumerate(songs(rng.randrange(3, 7)))]
         follows = [dict(id=i + 1, artist=a) for i, a in enumerate(rng.sample(range(1, 13), 3))]
         off = {"song": 0, "is": "off", "from": ""}
