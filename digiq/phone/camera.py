@@ -67,6 +67,12 @@ def thumb(
 FLASH, TIMER, QUALITY = ("off", "on", "auto"), ("off", "3 s", "10 s"), ("720p", "1080p", "4K")
 OPTIONS = {"flash": ("Flash", FLASH), "timer": ("Self-timer", TIMER), "quality": ("Video quality", QUALITY)}
 
+def _closed(): # what is seen by a camera that must not see
+    words = "The camera is not allowed to take pictures", "Tap the shutter to change that"
+    lines = [ui.text(w, design.BODY if i == 0 else design.SMALL, "#c8ccd0") for i, w in enumerate(words)]
+    dark = ui.icon("camera", 160, "#80868b")
+    return ui.column(ui.spacer(560), dark, ui.spacer(60), *lines, align="center", gap=12, height=1380)
+
 class _Viewfinder(PagedApp):
     "What the camera shows."
     def frame_(self, state):
@@ -78,6 +84,7 @@ class _Viewfinder(PagedApp):
         note = ui.row(ui.column(width=24, height=24, radius=12, bg="#ff3b30"), ui.text("0:07", 40, ui.WHITE),
                       width="wrap", gap=16, pad=(12, 28),
                       bg="#3a3d40", radius=36, place=(.03, .5)) if f["recording"] else None
+        if "camera" in state.get("refused", ()): return _closed()
         return ui.stack(scene(look, d["seed"], 1080, 1380), *lines, note, width=1080, height=1380)
 
     def view(self, state, ep):

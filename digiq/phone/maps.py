@@ -230,7 +230,8 @@ class _Explore(PagedApp):
         down = ep.shift((.02, .08, .14, .2, .26), "banner")
         led = _banner(d["going"], self.color, down) if d["going"]["to"] else None
         free = [(900, 1220, 1080, 1704), *([(0, 0, 1080, 206 + down * base.height)] if led else [])]
-        whole = with_pins(base, pins, _here_pin(base), _tools(), led, names=f["zoom"] > 0, free=free)
+        here = None if "location" in state.get("refused", ()) else _here_pin(base)
+        whole = with_pins(base, pins, here, _tools(), led, names=f["zoom"] > 0, free=free)
         return design.Page("Maps", [_search(), whole], (("grid", ("open", "layers"), "layers button"),), still=True)
 
 # %% ../../nbs/phone/34h_maps.ipynb #1a11f8a6

@@ -118,7 +118,9 @@ def fulfilled(
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-017
 @lru_cache(1 << 14)
-def _drawn(app, content): return app.data(random.Random(derive_seed("content", app.name, content)), people(content))
+def _drawn(app, content):
+    data = app.data(random.Random(derive_seed("content", app.name, content)), people(content))
+    return app.furnished(data) if content else data
 
 class Content(dict):
     "The data of all apps by name, drawn when it is first looked at."
