@@ -140,7 +140,8 @@ def on_set(self:Browser, state, ep, key, value): return self.with_page(state, **
 @patch
 def on_flip(self:Browser, state, ep, key, value):
     held = self.page(state).get(key, [])
-    return self.with_page(state, scroll=0, **{key: [v for v in held if v != value] if value in held else [*held, value]})
+    new = [v for v in held if v != value] if value in held else [*held, value]
+    return self.with_page(state, **{"scroll": 0, key: new})
 
 # %% ../../nbs/phone/34_browser.ipynb #34-084
 @patch
@@ -287,7 +288,8 @@ def address_bar(
     pill = _address_pill(domain_of(page))
     count = ui.column(ui.text(str(tabs), 36, bold=True), width=64, height=64, pad=(8, 0), align="center",
                       border=(4, ui.INK), radius=12)
-    square = ui.column(count, width=104, height=104, pad=20, align="center", on=("tabs",), role="tab icon", desc="tabs")
+    square = ui.column(count, width=104, height=104, pad=20, align="center", on=("tabs",), role="tab icon",
+                       desc="tabs")
     home = ui.icon_button("home", ("new page",), role="home icon")
     menu = ui.icon_button("more", ("menu",), role="menu icon")
     return ui.row(home, pill, square, menu, width="fill", height=ep.shift((144, 136, 152), "bar"),
@@ -353,7 +355,8 @@ def new_tab_view(
     "Search box and shortcuts."
     sites = shuffled(ep.world["common"], ep.seed, "shortcuts")[:4]
     names = [(d[:-4].capitalize(), ("go", d)) for d in sites] + [(a, ("article", a)) for a in ARTICLES]
-    if ep.content: names = names[:2] + [(SITES[d].name, ("go", d)) for d in shuffled(SITES, ep.seed, "web shortcuts")[:6]]
+    if ep.content:
+        names = names[:2] + [(SITES[d].name, ("go", d)) for d in shuffled(SITES, ep.seed, "web shortcuts")[:6]]
     tiles = [_shortcut(*n) for n in ep.order(names, "drift", "tiles")]
     rows = [ui.row(*tiles[i:i + 4], width="fill") for i in (0, 4)]
     return ui.column(ui.spacer(ep.shift((240, 200, 280), "logo")), ui.text("seek", 168, ui.BLUE), ui.spacer(72),
@@ -428,7 +431,8 @@ def web_links(
     hits = [_entry(d, h.title, h.words, ("visit", d, *h.of)) for d, h in lookup(ep, query)]
     shops = [link(d, rest) for d, rest in found]
     top = ep.order(hits[:2] + shops[:1 + (not hits)], "shuffle", "top", query)
-    lures = [_entry("dealhopper.net", f"Best deals: {query}", "Up to 70% off, only today.", ("visit", "dealhopper.net", "deal", query), True)]
+    lures = [_entry("dealhopper.net", f"Best deals: {query}", "Up to 70% off, only today.",
+                    ("visit", "dealhopper.net", "deal", query), True)]
     ads_ = (lures if ep.draw("lure", query) < .6 else []) + [link(d, "", True) for d in paid]
     return [_answer_card(ep, query), *ads_[:len(paid)], *top, *hits[2:], *shops[1 + (not hits):3 if hits else 9]]
 
@@ -437,12 +441,14 @@ def _answer_card(ep, query):
     if not known: return None
     question, answer, domain = known
     return ui.column(ui.text(question, 40, ui.MUTED, lines=2), ui.text(answer, 76, bold=True, lines=3),
-                     ui.text(f"from {domain}", 34, ui.MUTED), role="answer", pad=(36, 40), gap=12, radius=28, bg="#e8f0fe")
+                     ui.text(f"from {domain}", 34, ui.MUTED), role="answer", pad=(36, 40), gap=12, radius=28,
+                     bg="#e8f0fe")
 
 # %% ../../nbs/phone/34_browser.ipynb #11c-032
 SENTENCES = ("Most readers ask first what it costs, and then how long it lasts.",
              "We tried seven of them over a month and kept two.",
-             "Nobody we spoke to had regretted the dearer one.", "It pays to look at the edges before looking at the price.",
+             "Nobody we spoke to had regretted the dearer one.",
+             "It pays to look at the edges before looking at the price.",
              "What is light on the first day may feel thin on the last.", "Ask a neighbour: they often know best.")
 
 # %% ../../nbs/phone/34_browser.ipynb #34-062
@@ -494,7 +500,8 @@ def overview_view(
     rows = [ui.row(*cards[i:i + 2], width="fill", gap=24) for i in range(0, len(cards), 2)]
     plus = ui.icon_button("plus", ("new tab",), role="new tab button")
     top = ui.row(plus, ui.text("Tabs", 52, bold=True, width="fill"), width="fill", pad=(8, 0), gap=16)
-    return ui.column(top, *rows, width="fill", height="fill", pad=(16, 28), gap=32, bg=ui.mix(ui.SURFACE, ui.BLUE, 0.1))
+    return ui.column(top, *rows, width="fill", height="fill", pad=(16, 28), gap=32,
+                     bg=ui.mix(ui.SURFACE, ui.BLUE, 0.1))
 
 def _tab_card(i, page, current):
     "Domain, an x, and what the tab shows; the current tab has a blue frame."
@@ -512,8 +519,10 @@ def menu_card(
     more=(), # other entries: (label, icon, event) of each
 ) -> "ui.Node":
     "The browser's menu."
-    entries = [("New tab", "plus", ("new tab",)), ("Reload", "right", ("reload",)), ("All tabs", "tabs", ("tabs",)), *more]
-    return ui.column(*[_menu_entry(*e) for e in entries], width=560, radius=24, bg=ui.WHITE, elevation=12, place=(0, 1))
+    entries = [("New tab", "plus", ("new tab",)), ("Reload", "right", ("reload",)), ("All tabs", "tabs", ("tabs",)),
+               *more]
+    return ui.column(*[_menu_entry(*e) for e in entries], width=560, radius=24, bg=ui.WHITE, elevation=12,
+                     place=(0, 1))
 
 def _menu_entry(label, glyph, on):
     return ui.row(ui.icon(glyph, 52, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="menu entry",
@@ -540,10 +549,12 @@ def title_of(
 
 # %% ../../nbs/phone/34_browser.ipynb #34-091
 def _mark_of(page, state): # the bookmark of a page, or None
-    return next((b for b in marked(state) if page["kind"] == "web" and [b["site"], b["of"]] == [page["site"], page["of"]]), None)
+    return next((b for b in marked(state) if page["kind"] == "web"
+                 and [b["site"], b["of"]] == [page["site"], page["of"]]), None)
 
 def _of_bookmarks(page, state): # entries of the menu
-    own = [("Remove bookmark" if _mark_of(page, state) else "Bookmark page", "bookmark", ("bookmark",))] if page["kind"] == "web" else []
+    label = "Remove bookmark" if _mark_of(page, state) else "Bookmark page"
+    own = [(label, "bookmark", ("bookmark",))] if page["kind"] == "web" else []
     return [*own, ("Bookmarks", "star", ("bookmarks",))]
 
 @patch
@@ -568,7 +579,8 @@ def bookmarks_view(
     def line(b):
         words = ui.column(ui.text(b["title"], 44, lines=2), ui.text(b["site"], 36, ui.MUTED), gap=4)
         drop = ui.icon_button("trash", ("forget", b["id"]), 52, f"remove {b['title']}", ui.MUTED)
-        return ui.row(letter(b["site"], 40), words, drop, on=("visit", b["site"], *b["of"]), role="bookmark", pad=(24, 0), gap=32, bg=ui.PAPER)
+        return ui.row(letter(b["site"], 40), words, drop, on=("visit", b["site"], *b["of"]), role="bookmark",
+                      pad=(24, 0), gap=32, bg=ui.PAPER)
     rows = [line(b) for b in marked(state)] or [ui.text("No bookmarks yet", 44, ui.MUTED)]
     body = ui.column(ui.text("Bookmarks", 64, bold=True), *rows, ui.spacer(80), pad=(40, 48), gap=12)
     return ui.scroll(body, "page", page.get("scroll", 0), bg=ui.PAPER)

@@ -12,17 +12,17 @@ __all__ = ['LORE', 'FOOD', 'AIR', 'BEDS', 'PRICES', 'weather_there', 'Skycast', 
            'TimerForRecipe']
 
 # %% ../../nbs/phone/34w_searches.ipynb #34w-003
-import random
+from fastcore.basics import patch
 
 from . import ui
 from .apps import APPS
 from .dialler import call_made
 from .everyday import TOWNS, day_name, phone_of
 from .messages import message_sent, write_to
-from .reading import MANY, TIMES, entries, question, recipes, suitable
+from .reading import MANY, entries, question, recipes, suitable
 from .shops import asks_consent
-from .templates import ANY, Content, Template, WAIT, fill, go, gone, launch, look_up, new, tap, template, value
-from .town import HOME
+from .templates import (ANY, WAIT, Content, Template, fill, go, gone, launch, look_up, new, tap, template,
+                                   value)
 from .travel import CUISINES, DATES, EXTRAS, flights, houses, offers, room_price, towns_in
 from .weather import DAYS, SKIES, degrees, forecast, of_day
 from .web import SITES, Hit, Site, answered, heading, link_row, page_of, site
@@ -42,29 +42,40 @@ class Skycast(Site):
     def line(self, ep, town):
         now = weather_there(ep.content, town)[0][9]
         icon, color = SKIES[now.sky]
-        return link_row(town, ("visit", self.domain, "town", town), f"{now.sky}, {degrees(now.degrees, 'Celsius')}", ui.icon(icon, 72, color), role="town")
+        return link_row(town, ("visit", self.domain, "town", town), f"{now.sky}, {degrees(now.degrees, 'Celsius')}",
+                        ui.icon(icon, 72, color), role="town")
 
     def page_home(self, state, ep): return [heading("Now"), *[self.line(ep, t) for t in sorted(TOWNS)]]
 
-    def page_town(self, state, ep, town):
-        week = weather_there(ep.content, town)
-        now, (icon, color) = week[0][9], SKIES[week[0][9].sky]
-        head = ui.row(ui.icon(icon, 240, color), ui.column(ui.text(degrees(now.degrees, "Celsius"), 160), ui.text(now.sky, 48)), gap=48)
-        days = [("Today" if d == 0 else day_name(d), *of_day(week[d])) for d in range(DAYS)]
-        rows = [ui.row(ui.text(name, 44, width="fill"), ui.text(f"{rain}%", 38, "#2f6fb5", width=96), ui.icon(SKIES[sky][0], 64, SKIES[sky][1]),
-                       ui.text(f"{high}° / {low}°", 44, width=208), pad=(18, 0), gap=32) for name, low, high, rain, _, sky in days]
-        return [ui.text(f"Weather in {town}", 60, bold=True, lines=2, width="fill"), head, heading("Seven days"), *rows]
+# %% ../../nbs/phone/34w_searches.ipynb #34w-007
+@patch
+def page_town(self:Skycast, state, ep, town):
+    week = weather_there(ep.content, town)
+    now, (icon, color) = week[0][9], SKIES[week[0][9].sky]
+    head = ui.row(ui.icon(icon, 240, color), ui.column(ui.text(degrees(now.degrees, "Celsius"), 160),
+                                                       ui.text(now.sky, 48)), gap=48)
+    days = [("Today" if d == 0 else day_name(d), *of_day(week[d])) for d in range(DAYS)]
+    rows = [ui.row(ui.text(name, 44, width="fill"), ui.text(f"{rain}%", 38, "#2f6fb5", width=96),
+                   ui.icon(SKIES[sky][0], 64, SKIES[sky][1]),
+                   ui.text(f"{high}° / {low}°", 44, width=208), pad=(18, 0), gap=32) for name, low, high, rain, _,
+            sky in days]
+    return [ui.text(f"Weather in {town}", 60, bold=True, lines=2, width="fill"), head, heading("Seven days"),
+            *rows]
 
-    def hits(self, ep, words):
-        asks = {"weather", "forecast", "rain", "temperature"} & set(words)
-        return [Hit(f"Weather in {t}", "Now, and for seven days.", ("town", t), 2.2 if asks else .5) for t in towns_in(words)]
+@patch
+def hits(self:Skycast, ep, words):
+    asks = {"weather", "forecast", "rain", "temperature"} & set(words)
+    return [Hit(f"Weather in {t}", "Now, and for seven days.", ("town", t), 2.2 if asks else .5)
+            for t in towns_in(words)]
 
-    def answer(self, ep, words):
-        if not {"weather", "temperature"} & set(words) or not towns_in(words): return None
-        now = weather_there(ep.content, towns_in(words)[0])[0][9]
-        return f"Weather in {towns_in(words)[0]}, now", f"{now.sky}, {degrees(now.degrees, 'Celsius')}"
+# %% ../../nbs/phone/34w_searches.ipynb #34w-008
+@patch
+def answer(self:Skycast, ep, words):
+    if not {"weather", "temperature"} & set(words) or not towns_in(words): return None
+    now = weather_there(ep.content, towns_in(words)[0])[0][9]
+    return f"Weather in {towns_in(words)[0]}, now", f"{now.sky}, {degrees(now.degrees, 'Celsius')}"
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-009
+# %% ../../nbs/phone/34w_searches.ipynb #34w-011
 def page_shown(
     phone, # a `SimPhone`, now
 ) -> dict: # {} where none is
@@ -83,15 +94,17 @@ def on_web(
     page = page_shown(phone)
     return page.get("site") == domain and page.get("of") == list(of)
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-012
 def searched(
     phone,      # a `SimPhone`, now
     query: str, # what was to be searched for
 ) -> bool:
     "Whether the search engine was asked for it, in the tab on show."
     own = phone.now["apps"].get("browser")
-    return own is not None and any(p["kind"] == "seek" and p["query"] == normal(query) for p in own["tabs"][own["tab"]])
+    return own is not None and any(p["kind"] == "seek" and p["query"] == normal(query)
+                                   for p in own["tabs"][own["tab"]])
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-010
+# %% ../../nbs/phone/34w_searches.ipynb #34w-013
 def ready(
     phone, # a `SimPhone`, now
 ) -> tuple | None: # a move
@@ -112,6 +125,7 @@ def uncovered(
     if asks_consent(own, page, phone.episode): return ("tap", ("consent", "saved" if own["settings"] else "accepted"))
     return ("press", "back") if own["focus"] else None
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-014
 def asked_for(
     phone,      # a `SimPhone`, now
     query: str, # to be searched for
@@ -121,7 +135,7 @@ def asked_for(
     page = APPS["browser"].page(own) if own else {}
     return page.get("kind") == "seek" and page["query"] == normal(query) and not page.get("wait")
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-011
+# %% ../../nbs/phone/34w_searches.ipynb #34w-015
 def seek_for(
     phone,      # a `SimPhone`, now
     query: str, # to be searched for
@@ -144,7 +158,7 @@ def find_on_web(
     if (here.get("site"), here.get("of")) == (page["site"], page["of"]): return uncovered(phone)
     return seek_for(phone, query) or tap(phone, ("visit", domain, *of))
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-014
+# %% ../../nbs/phone/34w_searches.ipynb #34w-018
 LORE, FOOD, AIR, BEDS, PRICES = "lorebook.org", "plateful.net", "skyfare.com", "wayfarer.com", "pricehawk.net"
 
 def some_fact(
@@ -159,21 +173,25 @@ def some_query(
     rng, # draws
 ) -> str:
     "What somebody may search for."
-    return rng.choice((question(*some_fact(rng)[:2]), f"weather in {rng.choice(TOWNS)}", f"{rng.choice(list(recipes()))} recipe".lower(),
-                       f"hotels in {rng.choice(TOWNS)}", f"flights to {rng.choice(TOWNS)}", f"{rng.choice(list(TINTS))} {rng.choice(sorted(THINGS))}"))
+    return rng.choice((question(*some_fact(rng)[:2]), f"weather in {rng.choice(TOWNS)}",
+                       f"{rng.choice(list(recipes()))} recipe".lower(),
+                       f"hotels in {rng.choice(TOWNS)}", f"flights to {rng.choice(TOWNS)}",
+                       f"{rng.choice(list(TINTS))} {rng.choice(sorted(THINGS))}"))
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-015
+# %% ../../nbs/phone/34w_searches.ipynb #34w-019
 @template("search the web", "browser", horizon=10)
 class SearchWeb(Template):
-    goals = ("Search the web for “{query}”", "Look up “{query}” on the web", "Search for “{query}” in the browser", "Ask the search engine for “{query}”")
+    goals = ("Search the web for “{query}”", "Look up “{query}” on the web", "Search for “{query}” in the browser",
+             "Ask the search engine for “{query}”")
     held_out = ("What does the web have on “{query}”?", "Enter “{query}” into the browser and search")
-    def fill(self, rng, data): return {"query": some_query(rng), "other": some_query(rng)}
+    def fill(self, rng, data): return {"query": some_query(rng)}
     def shown(self, phone, f): return bool(page_shown(phone)) and asked_for(phone, f.query)
     def moves(self, phone, f): return seek_for(phone, f.query)
     def misses(self, data, f):
-        return {"another search": {"query": f"{f.query} today"}, "only typed": lambda phone, f: ready(phone) or fill(phone, "address", f.query)}
+        return {"another search": {"query": f"{f.query} today"}, "only typed": lambda phone, f: ready(phone)
+                or fill(phone, "address", f.query)}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-017
+# %% ../../nbs/phone/34w_searches.ipynb #34w-021
 @template("open a web site", "browser", horizon=10)
 class OpenSite(Template):
     goals = ("Open the web site {site}", "Go to {site} in the browser", "Visit {site}")
@@ -182,11 +200,13 @@ class OpenSite(Template):
     def shown(self, phone, f): return on_web(phone, f.site, "home")
     def moves(self, phone, f): return ready(phone) or fill(phone, "address", f.site) or ("press", "enter")
     def misses(self, data, f):
-        return {"another site": {"site": next(d for d in SITES if d != f.site)}, "only searched": lambda phone, f: seek_for(phone, f.site[:-4])}
+        return {"another site": {"site": next(d for d in SITES if d != f.site)},
+                "only searched": lambda phone, f: seek_for(phone, f.site[:-4])}
 
 @template("read an article", "browser", horizon=10)
 class ReadArticle(Template):
-    goals = ("Open the Lorebook article on {title}", "Read about {title} on lorebook.org", "Find the article about {title} in the encyclopaedia Lorebook")
+    goals = ("Open the Lorebook article on {title}", "Read about {title} on lorebook.org",
+             "Find the article about {title} in the encyclopaedia Lorebook")
     held_out = ("I want to read what Lorebook says about {title}",)
     def fill(self, rng, data): return {"title": rng.choice(list(entries())), "other": rng.choice(list(entries()))}
     def shown(self, phone, f): return on_web(phone, LORE, "article", f.title)
@@ -195,27 +215,33 @@ class ReadArticle(Template):
         other = next(t for t in (f.other, "Elmark", "Amberly") if t != f.title)
         return {"another article": {"title": other}, "only searched": lambda phone, f: seek_for(phone, f.title)}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-021
+# %% ../../nbs/phone/34w_searches.ipynb #34w-025
 @template("search and open", "browser", level=2, horizon=11)
 class SearchAndOpen(Template):
-    goals = ("Search for “{query}” and open the {site} page about it", "Search the web for “{query}”, then open the result of {site}",
+    goals = ("Search for “{query}” and open the {site} page about it",
+             "Search the web for “{query}”, then open the result of {site}",
              "Look up “{query}” in the browser and go to what {site} has on it")
     held_out = ("Of the results for “{query}”, open the one from {site}",)
     def fill(self, rng, data):
         town, dish, title = rng.choice(TOWNS), rng.choice(list(recipes())), rng.choice(list(entries()))
-        site, query, of = rng.choice(((FOOD, f"{dish} recipe", ("recipe", dish)), (LORE, title, ("article", title)), ("skycast.net", f"weather in {town}", ("town", town)),
-                                      (BEDS, f"restaurants in {town}", ("restaurants", town)), (BEDS, f"hotels in {town}", ("hotels", town))))
+        site, query, of = rng.choice(((FOOD, f"{dish} recipe", ("recipe", dish)), (LORE, title, ("article", title)),
+                                      ("skycast.net", f"weather in {town}", ("town", town)),
+                                      (BEDS, f"restaurants in {town}", ("restaurants", town)),
+                                      (BEDS, f"hotels in {town}", ("hotels", town))))
         return {"query": query.lower(), "site": SITES[site].name, "domain": site, "of": list(of)}
     def shown(self, phone, f): return on_web(phone, f.domain, *f.of) and searched(phone, f.query)
     def moves(self, phone, f):
         if on_web(phone, f.domain, *f.of) and not searched(phone, f.query): return seek_for(phone, f.query)
         return find_on_web(phone, f.query, f.domain, *f.of)
     def misses(self, data, f):
-        return {"another query": {"query": f"{f.query} please"}, "only searched": lambda phone, f: seek_for(phone, f.query),
-                "only the site": lambda phone, f: seek_for(phone, f.query) if not searched(phone, f.query) and not on_web(phone, f.domain, "home")
-                else None if on_web(phone, f.domain, "home") else ready(phone) or fill(phone, "address", f.domain) or ("press", "enter")}
+        def only_the_site(phone, f):
+            if on_web(phone, f.domain, "home"): return None
+            if not searched(phone, f.query): return seek_for(phone, f.query)
+            return ready(phone) or fill(phone, "address", f.domain) or ("press", "enter")
+        return {"another query": {"query": f"{f.query} please"}, "only the site": only_the_site,
+                "only searched": lambda phone, f: seek_for(phone, f.query)}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-024
+# %% ../../nbs/phone/34w_searches.ipynb #34w-028
 @template("ask a question", "browser", level=2, horizon=10)
 class AskFact(Template):
     goals = ("What is the {question}?", "Find out the {question}", "Look up the {question} on the web")
@@ -225,30 +251,39 @@ class AskFact(Template):
         return {"question": question(title, fact), "title": title, "value": entries()[title].facts[fact]}
     def shown(self, phone, f):
         page = page_shown(phone)
-        if page.get("kind") == "seek": return (answered(phone.episode, page["query"]) or [""])[0].lower() == f.question.lower()
+        if page.get("kind") == "seek":
+            return (answered(phone.episode, page["query"]) or [""])[0].lower() == f.question.lower()
         return on_web(phone, LORE, "article", f.title)
     def moves(self, phone, f): return seek_for(phone, f.question)
     def misses(self, data, f):
-        other = next(e.title for e in entries().values() if e.category == entries()[f.title].category and e.title != f.title)
+        other = next(e.title for e in entries().values() if e.category == entries()[f.title].category
+                     and e.title != f.title)
         fact = next(k for k in entries()[other].facts if k in entries()[f.title].facts)
-        return {"of another one": {"question": question(other, fact), "title": other}, "only the name": {"question": "lorebook", "title": ""}}
+        return {"of another one": {"question": question(other, fact), "title": other},
+                "only the name": {"question": "lorebook", "title": ""}}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-029
 @template("weather on the web", "browser", horizon=10)
 class WebWeather(Template):
-    goals = ("What is the weather in {town}? Look on the web", "Search the web for the weather in {town}", "Use the browser to find out how the weather is in {town}")
+    goals = ("What is the weather in {town}? Look on the web", "Search the web for the weather in {town}",
+             "Use the browser to find out how the weather is in {town}")
     held_out = ("How is the weather in {town}? The browser will know",)
     def fill(self, rng, data): return {"town": rng.choice(TOWNS)}
     def shown(self, phone, f):
         page = page_shown(phone)
-        if page.get("kind") == "seek": return (answered(phone.episode, page["query"]) or [""])[0] == f"Weather in {f.town}, now"
+        if page.get("kind") == "seek":
+            return (answered(phone.episode, page["query"]) or [""])[0] == f"Weather in {f.town}, now"
         return on_web(phone, "skycast.net", "town", f.town)
     def moves(self, phone, f): return seek_for(phone, f"weather in {f.town}")
-    def misses(self, data, f): return {"another town": {"town": TOWNS[TOWNS.index(f.town) - 1]}, "only the town": lambda phone, f: seek_for(phone, f.town)}
+    def misses(self, data, f):
+        return {"another town": {"town": TOWNS[TOWNS.index(f.town) - 1]},
+                "only the town": lambda phone, f: seek_for(phone, f.town)}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-028
+# %% ../../nbs/phone/34w_searches.ipynb #34w-033
 @template("show a recipe", "browser", horizon=10)
 class ShowRecipe(Template):
-    goals = ("Show me a recipe for {dish}", "How do I cook {dish}? Open a recipe on the web", "Find a {dish} recipe in the browser")
+    goals = ("Show me a recipe for {dish}", "How do I cook {dish}? Open a recipe on the web",
+             "Find a {dish} recipe in the browser")
     held_out = ("I would like to make {dish}: look for a recipe on the web",)
     def fill(self, rng, data):
         title = rng.choice(list(recipes()))
@@ -257,39 +292,51 @@ class ShowRecipe(Template):
     def moves(self, phone, f): return find_on_web(phone, f"{f.title} recipe", FOOD, "recipe", f.title)
     def misses(self, data, f):
         titles = list(recipes())
-        return {"another recipe": {"title": titles[titles.index(f.title) - 1]}, "only searched": lambda phone, f: seek_for(phone, f"{f.title} recipe")}
+        return {"another recipe": {"title": titles[titles.index(f.title) - 1]},
+                "only searched": lambda phone, f: seek_for(phone, f"{f.title} recipe")}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-034
 class Cooking(Template):
     "A recipe of a form, to be found in the list of them all."
     def fits(self, r, f): raise NotImplementedError # whether a recipe of the form is what is wanted
     def some(self, f): return [r for r in recipes().values() if r.form == f.form]
     def shown(self, phone, f):
         page = page_shown(phone)
-        return page.get("site") == FOOD and page["of"][0] == "recipe" and any(r.title == page["of"][1] and self.fits(r, f) for r in self.some(f))
+        if page.get("site") != FOOD or page["of"][0] != "recipe": return False
+        return any(r.title == page["of"][1] and self.fits(r, f) for r in self.some(f))
     def moves(self, phone, f, fits=None):
         best = max((r for r in self.some(f) if (fits or self.fits)(r, f)), key=lambda r: r.rating) # what stands first
         if page_shown(phone).get("of") == ["recipe", best.title]: return None
         many = next(m for m in MANY if MANY[m] == f.form)
-        return find_on_web(phone, f"{f.form} recipes", FOOD, "all", many.capitalize()) or tap(phone, ("visit", FOOD, "recipe", best.title))
+        listed = find_on_web(phone, f"{f.form} recipes", FOOD, "all", many.capitalize())
+        return listed or tap(phone, ("visit", FOOD, "recipe", best.title))
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-029
+# %% ../../nbs/phone/34w_searches.ipynb #34w-035
 @template("a quick recipe", "browser", level=2, horizon=13)
 class QuickRecipe(Cooking):
-    goals = ("Find a {diet} {form} recipe that takes less than 30 minutes on plateful.net", "On Plateful, open a recipe for a {diet} {form} that is done in under 30 minutes",
-             "Show me how to cook a {diet} {form} in less than 30 minutes, from Plateful")
-    held_out = ("I have less than 30 minutes and want a {diet} {form}: open a recipe on Plateful",)
-    def fits(self, r, f): return suitable(r, [TIMES, f.diet.capitalize()])
+    goals = ("Find a {diet} {form} recipe that takes less than {limit} minutes on plateful.net",
+             "On Plateful, open a recipe for a {diet} {form} that is done in under {limit} minutes",
+             "Show me how to cook a {diet} {form} in less than {limit} minutes, from Plateful")
+    held_out = ("I have less than {limit} minutes and want a {diet} {form}: open a recipe on Plateful",)
+    def quick(self, r, f): return r.minutes < f.limit
+    def eaten(self, r, f): return suitable(r, [f.diet.capitalize()])
+    def fits(self, r, f): return self.quick(r, f) and self.eaten(r, f)
     def fill(self, rng, data):
-        f = {"diet": rng.choice(("vegan", "vegetarian")), "form": rng.choice(list(MANY.values()))}
-        fit = [suitable(r, [TIMES, f["diet"].capitalize()]) for r in recipes().values() if r.form == f["form"]]
+        f = {"diet": rng.choice(("vegan", "vegetarian")), "form": rng.choice(list(MANY.values())),
+             "limit": rng.choice((15, 20, 25, 30, 40, 50, 60))}
+        fit = [r.minutes < f["limit"] and suitable(r, [f["diet"].capitalize()]) for r in recipes().values()
+               if r.form == f["form"]]
         return f if any(fit) and not all(fit) else None
     def misses(self, data, f):
-        wrong = {"takes longer": lambda r, f: r.minutes >= 30, "not for them": lambda r, f: not suitable(r, [f.diet.capitalize()])}
-        return {name: lambda phone, f, w=w: self.moves(phone, f, w) for name, w in wrong.items() if any(w(r, f) for r in self.some(f))}
+        wrong = {"takes longer": lambda r, f: not self.quick(r, f), "not for them": lambda r, f: not self.eaten(r, f)}
+        return {name: lambda phone, f, w=w: self.moves(phone, f, w) for name, w in wrong.items()
+                if any(w(r, f) for r in self.some(f))}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-036
 @template("the quickest recipe", "browser", level=3, horizon=14, unseen=True)
 class QuickestRecipe(Cooking):
-    goals = ("Open the quickest recipe for a {form} with {least} stars or more on Plateful", "Which {form} on plateful.net with at least {least} stars takes the least time? Open its recipe",
+    goals = ("Open the quickest recipe for a {form} with {least} stars or more on Plateful",
+             "Which {form} on plateful.net with at least {least} stars takes the least time? Open its recipe",
              "Find the fastest {form} recipe on Plateful among those with {least} stars and up")
     held_out = ("A {form} of at least {least} stars, and quick: open the one on Plateful that takes the least time",)
     def ranked(self, f): return sorted((r for r in self.some(f) if r.rating >= f.least), key=lambda r: r.minutes)
@@ -299,9 +346,10 @@ class QuickestRecipe(Cooking):
         left = sorted(r.minutes for r in recipes().values() if r.form == form and r.rating >= least)
         return {"form": form, "least": least} if len(left) > 2 and left[0] < left[-1] else None
     def misses(self, data, f):
-        return {"a slower one": lambda phone, f: self.moves(phone, f, lambda r, f: r == self.ranked(f)[-1]), "only the list": lambda phone, f: seek_for(phone, f"{f.form} recipes")}
+        return {"a slower one": lambda phone, f: self.moves(phone, f, lambda r, f: r == self.ranked(f)[-1]),
+                "only the list": lambda phone, f: seek_for(phone, f"{f.form} recipes")}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-034
+# %% ../../nbs/phone/34w_searches.ipynb #34w-041
 class Flying(Template):
     "From one town to another."
     def fill(self, rng, data):
@@ -313,17 +361,22 @@ class Flying(Template):
 
 @template("search for flights", "browser", horizon=10)
 class SearchFlights(Flying):
-    goals = ("Search for flights from {start} to {end}", "Show me flights from {start} to {end} on skyfare.com", "Find flights that go from {start} to {end} on Skyfare")
+    goals = ("Search for flights from {start} to {end}", "Show me flights from {start} to {end} on skyfare.com",
+             "Find flights that go from {start} to {end} on Skyfare")
     held_out = ("How can I fly from {start} to {end}? Look on Skyfare",)
     def shown(self, phone, f):
         page = page_shown(phone)
         return page.get("site") == AIR and page["of"][:3] == ["list", f.start, f.end]
     def moves(self, phone, f): return self.to_list(phone, f)
-    def misses(self, data, f): return {"the way back": {"start": f.end, "end": f.start}, "only searched": lambda phone, f: seek_for(phone, self.query(f))}
+    def misses(self, data, f):
+        return {"the way back": {"start": f.end, "end": f.start},
+                "only searched": lambda phone, f: seek_for(phone, self.query(f))}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-042
 @template("flights on a day", "browser", level=2, horizon=11)
 class FlightsOn(Flying):
-    goals = ("Show the flights from {start} to {end} on {date}", "Which flights go from {start} to {end} on {date}? Open the list on Skyfare",
+    goals = ("Show the flights from {start} to {end} on {date}",
+             "Which flights go from {start} to {end} on {date}? Open the list on Skyfare",
              "On skyfare.com, list the flights from {start} to {end} for {date}")
     held_out = ("I want to fly from {start} to {end} on {date}: show me what Skyfare has",)
     def shown(self, phone, f): return on_web(phone, AIR, "list", f.start, f.end, f.day)
@@ -332,34 +385,40 @@ class FlightsOn(Flying):
         day = f.day % len(DATES) + 1
         return {"another day": {"day": day, "date": day_name(day)}, "the way back": {"start": f.end, "end": f.start}}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-037
+# %% ../../nbs/phone/34w_searches.ipynb #34w-045
 class BestFlight(Flying):
     "The first flight of a day by some order."
     def rank(self, x): raise NotImplementedError # what is least in the wanted one
     def fill(self, rng, data):
         f = super().fill(rng, data)
         ranked = sorted(enumerate(flights(data.seed, f["start"], f["end"], f["day"])), key=lambda x: self.rank(x[1]))
-        return {**f, "best": ranked[0][0], "next": ranked[1][0]} if self.rank(ranked[0][1]) < self.rank(ranked[1][1]) else None
+        (best, x), (after, y), *_ = ranked
+        return {**f, "best": best, "next": after} if self.rank(x) < self.rank(y) else None
     def shown(self, phone, f): return on_web(phone, AIR, "flight", f.start, f.end, f.day, f.best)
     def moves(self, phone, f):
-        return None if self.shown(phone, f) else self.to_list(phone, f) or tap(phone, ("visit", AIR, "flight", f.start, f.end, f.day, f.best))
-    def misses(self, data, f): return {"the next one": {"best": f.next}, "only the list": lambda phone, f: self.to_list(phone, f)}
+        if self.shown(phone, f): return None
+        return self.to_list(phone, f) or tap(phone, ("visit", AIR, "flight", f.start, f.end, f.day, f.best))
+    def misses(self, data, f):
+        return {"the next one": {"best": f.next}, "only the list": lambda phone, f: self.to_list(phone, f)}
 
 @template("the cheapest flight", "browser", level=3, horizon=14)
 class CheapestFlight(BestFlight):
-    goals = ("Open the cheapest flight from {start} to {end} on {date}", "Find the cheapest flight from {start} to {end} for {date} and open it",
+    goals = ("Open the cheapest flight from {start} to {end} on {date}",
+             "Find the cheapest flight from {start} to {end} for {date} and open it",
              "Which flight from {start} to {end} on {date} costs least? Open it on Skyfare")
     held_out = ("I want to pay as little as I can to fly from {start} to {end} on {date}: open that flight",)
     def rank(self, x): return x.price
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-046
 @template("the shortest flight", "browser", level=3, horizon=14, unseen=True)
 class ShortestFlight(BestFlight):
-    goals = ("Open the shortest flight from {start} to {end} on {date}", "Find the flight from {start} to {end} on {date} that takes the least time and open it",
+    goals = ("Open the shortest flight from {start} to {end} on {date}",
+             "Find the flight from {start} to {end} on {date} that takes the least time and open it",
              "Which flight from {start} to {end} is the fastest on {date}? Open it on Skyfare")
     held_out = ("I do not want to sit long: open the quickest flight from {start} to {end} on {date}",)
     def rank(self, x): return x.minutes
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-041
+# %% ../../nbs/phone/34w_searches.ipynb #34w-050
 class Staying(Template):
     "One of the houses of a town, best by some order."
     kind = "hotel"
@@ -375,20 +434,25 @@ class Staying(Template):
         return self.to_list(phone, f) or tap(phone, event)
     def to_list(self, phone, f): return find_on_web(phone, f"{self.kind}s in {f.town}", BEDS, self.kind + "s", f.town)
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-042
+# %% ../../nbs/phone/34w_searches.ipynb #34w-051
 @template("the cheapest hotel", "browser", level=2, horizon=14)
 class CheapestHotel(Staying):
-    goals = ("Open the cheapest hotel in {town} on Wayfarer", "Find the cheapest hotel in {town} on wayfarer.com and open its page", "Which hotel in {town} costs least? Open it on Wayfarer")
+    goals = ("Open the cheapest hotel in {town} on Wayfarer",
+             "Find the cheapest hotel in {town} on wayfarer.com and open its page",
+             "Which hotel in {town} costs least? Open it on Wayfarer")
     held_out = ("I need a bed in {town} for as little as possible: open that hotel on Wayfarer",)
     def rank(self, content, h): return -room_price(content, h)
     def fill(self, rng, data): return {"town": rng.choice(TOWNS)}
     def misses(self, data, f):
-        return {"the next one": lambda phone, f: self.moves(phone, f, 1), "only the list": lambda phone, f: self.to_list(phone, f),
+        return {"the next one": lambda phone, f: self.moves(phone, f, 1),
+                "only the list": lambda phone, f: self.to_list(phone, f),
                 "another town": {"town": TOWNS[TOWNS.index(f.town) - 1]}}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-052
 @template("the best hotel with something", "browser", level=3, horizon=14)
 class BestHotelWith(Staying):
-    goals = ("Open the best rated hotel in {town} with {extra} on Wayfarer", "Find hotels in {town} that offer {extra} and open the one with the most stars on wayfarer.com",
+    goals = ("Open the best rated hotel in {town} with {extra} on Wayfarer",
+             "Find hotels in {town} that offer {extra} and open the one with the most stars on wayfarer.com",
              "Which hotel in {town} has {extra} and the most stars? Open it on Wayfarer")
     held_out = ("I need {extra} in my hotel in {town}: open the best one that Wayfarer has",)
     def suits(self, h, f): return f.extra in [e.lower() for e in h.extras]
@@ -400,14 +464,16 @@ class BestHotelWith(Staying):
         first = max(enumerate(houses(f.town, self.kind)), key=lambda x: x[1].stars)[0] # of all of them
         wrong = ("visit", BEDS, self.kind, f.town, first)
         best = lambda phone, f: None if on_web(phone, *wrong[1:]) else self.to_list(phone, f) or tap(phone, wrong)
-        return {"the next one": lambda phone, f: self.moves(phone, f, 1), "only the list": lambda phone, f: self.to_list(phone, f),
+        return {"the next one": lambda phone, f: self.moves(phone, f, 1),
+                "only the list": lambda phone, f: self.to_list(phone, f),
                 **({} if self.suits(houses(f.town, self.kind)[first], f) else {"the best of all": best})}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-043
+# %% ../../nbs/phone/34w_searches.ipynb #34w-053
 @template("a restaurant of a cuisine", "browser", level=2, horizon=14, unseen=True)
 class RestaurantOf(Staying):
     kind = "restaurant"
-    goals = ("Open a restaurant in {town} with {cuisine} cuisine on Wayfarer", "Find a {cuisine} restaurant in {town} on wayfarer.com and open its page",
+    goals = ("Open a restaurant in {town} with {cuisine} cuisine on Wayfarer",
+             "Find a {cuisine} restaurant in {town} on wayfarer.com and open its page",
              "Where in {town} can one eat {cuisine} food? Open a restaurant on Wayfarer")
     held_out = ("I am hungry for {cuisine} food in {town}: open a place that Wayfarer knows",)
     def suits(self, h, f): return h.cuisine == f.cuisine
@@ -419,64 +485,84 @@ class RestaurantOf(Staying):
         other = next(h.cuisine for h in houses(f.town, self.kind) if h.cuisine != f.cuisine)
         return {"another cuisine": {"cuisine": other}, "only the list": lambda phone, f: self.to_list(phone, f)}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-054
 @template("call a house from the web", "browser", "phone", level=3, horizon=13)
 class CallHouse(Template):
-    goals = ("Call {name} in {town}: its number is on wayfarer.com", "Look up {name} in {town} on Wayfarer and call there", "Find the telephone number of {name} in {town} on the web and call it")
+    goals = ("Call {name} in {town}: its number is on wayfarer.com",
+             "Look up {name} in {town} on Wayfarer and call there",
+             "Find the telephone number of {name} in {town} on the web and call it")
     held_out = ("Ring up {name} in {town}; Wayfarer knows the number",)
     def fill(self, rng, data):
         kind, town = rng.choice(list(EXTRAS)), rng.choice(TOWNS)
         i = rng.randrange(7)
         return {"name": houses(town, kind)[i].name, "town": town, "kind": kind, "i": i}
     def wanted(self, data, f): return [call_made(phone_of(f.name))]
-    def moves(self, phone, f): return find_on_web(phone, f"{f.name} {f.town}", BEDS, f.kind, f.town, f.i) or tap(phone, ("send", "phone", "dial", phone_of(f.name)))
+    def to_page(self, phone, f): return find_on_web(phone, f"{f.name} {f.town}", BEDS, f.kind, f.town, f.i)
+    def moves(self, phone, f): return self.to_page(phone, f) or tap(phone, ("send", "phone", "dial", phone_of(f.name)))
     def misses(self, data, f):
         other = (f.i + 1) % 7
-        return {"another one": {"i": other, "name": houses(f.town, f.kind)[other].name}, "only looked": lambda phone, f: find_on_web(phone, f"{f.name} {f.town}", BEDS, f.kind, f.town, f.i)}
+        return {"another one": {"i": other, "name": houses(f.town, f.kind)[other].name}, "only looked": self.to_page}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-049
+# %% ../../nbs/phone/34w_searches.ipynb #34w-060
 @template("compare prices", "browser", horizon=10)
 class ComparePrices(Template):
-    goals = ("How much does a {article} cost? Compare the prices on pricehawk.net", "Compare the prices of a {article} on Pricehawk", "Open the page of Pricehawk on what a {article} costs")
+    goals = ("How much does a {article} cost? Compare the prices on pricehawk.net",
+             "Compare the prices of a {article} on Pricehawk", "Open the page of Pricehawk on what a {article} costs")
     held_out = ("I want a {article}: show me on Pricehawk what the shops ask for it",)
-    def fill(self, rng, data): return {"article": f"{rng.choice(list(TINTS))} {rng.choice(sorted(n for n in THINGS if n[-1] != 's'))}"}
+    def fill(self, rng, data):
+        return {"article": f"{rng.choice(list(TINTS))} {rng.choice(sorted(n for n in THINGS if n[-1] != 's'))}"}
     def query(self, f): return f"price of a {f.article}"
     def to_item(self, phone, f): return find_on_web(phone, self.query(f), PRICES, "item", f.article)
     def shown(self, phone, f): return on_web(phone, PRICES, "item", f.article)
     def moves(self, phone, f): return self.to_item(phone, f)
     def misses(self, data, f):
-        return {"another article": {"article": f.article.split()[-1]}, "only searched": lambda phone, f: seek_for(phone, self.query(f))}
+        return {"another article": {"article": f.article.split()[-1]},
+                "only searched": lambda phone, f: seek_for(phone, self.query(f))}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-061
 @template("the cheapest shop", "browser", level=3, horizon=13)
 class CheapestShop(ComparePrices):
-    goals = ("Compare the prices of a {article} on Pricehawk and go to the cheapest shop", "Which shop is the cheapest for a {article}? Pricehawk knows: go to it",
+    goals = ("Compare the prices of a {article} on Pricehawk and go to the cheapest shop",
+             "Which shop is the cheapest for a {article}? Pricehawk knows: go to it",
              "Follow pricehawk.net to the shop where a {article} costs least")
     held_out = ("I want to buy a {article} where Pricehawk says that it is cheapest: take me there",)
     def rows(self, phone, f): return offers(phone.seed, f.article, tuple(phone.episode.world["common"]))
-    def led(self, phone, f): return page_shown(phone).get("site") if page_shown(phone).get("kind") == "results" and page_shown(phone)["query"] == f.article else None
-    def shown(self, phone, f): return self.led(phone, f) in [d for price, d in self.rows(phone, f) if price == self.rows(phone, f)[0][0]]
+    def led(self, phone, f): # the shop that shows the article
+        page = page_shown(phone)
+        return page["site"] if (page.get("kind"), page.get("query")) == ("results", f.article) else None
+    def shown(self, phone, f):
+        rows = self.rows(phone, f)
+        return self.led(phone, f) in [d for price, d in rows if price == rows[0][0]]
     def moves(self, phone, f, rank=0):
         shop = self.rows(phone, f)[rank][1]
         return None if self.led(phone, f) == shop else self.to_item(phone, f) or tap(phone, ("find", shop, f.article))
-    def misses(self, data, f): return {"the dearest one": lambda phone, f: self.moves(phone, f, -1), "only compared": lambda phone, f: self.to_item(phone, f)}
+    def misses(self, data, f):
+        return {"the dearest one": lambda phone, f: self.moves(phone, f, -1),
+                "only compared": lambda phone, f: self.to_item(phone, f)}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-053
+# %% ../../nbs/phone/34w_searches.ipynb #34w-065
 @template("bookmark an article", "browser", level=2, horizon=13)
 class Bookmark(Template):
-    goals = ("Bookmark the Lorebook article on {title}", "Put the article about {title} on lorebook.org among the bookmarks", "Find {title} on Lorebook and bookmark the page")
+    goals = ("Bookmark the Lorebook article on {title}",
+             "Put the article about {title} on lorebook.org among the bookmarks",
+             "Find {title} on Lorebook and bookmark the page")
     held_out = ("I want to find the Lorebook article on {title} again: bookmark it",)
     def fill(self, rng, data):
         title = rng.choice(list(entries()))
         return None if look_up(data, "browser", "bookmarks", title=title) else {"title": title}
     def wanted(self, data, f): return [new("browser", "bookmarks", title=f.title, site=LORE, of=["article", f.title])]
     def moves(self, phone, f):
-        own = phone.now["apps"].get("browser")
-        if phone.now["app"] == "browser" and own["menu"] and APPS["browser"].page(own).get("of") == ["article", f.title]: return tap(phone, ("bookmark",))
-        return find_on_web(phone, f.title, LORE, "article", f.title) or tap(phone, ("menu",))
+        own, article = phone.now["apps"].get("browser"), ["article", f.title]
+        menu = phone.now["app"] == "browser" and own["menu"]
+        if menu and APPS["browser"].page(own).get("of") == article: return tap(phone, ("bookmark",))
+        return find_on_web(phone, f.title, LORE, *article) or tap(phone, ("menu",))
     def misses(self, data, f):
         kept = {tuple(b["of"]) for b in data["browser"]["bookmarks"]}
         other = next(t for t in entries() if t != f.title and ("article", t) not in kept)
-        return {"another article": {"title": other}, "only opened": lambda phone, f: find_on_web(phone, f.title, LORE, "article", f.title)}
+        return {"another article": {"title": other}, "only opened": lambda phone, f: find_on_web(phone, f.title, LORE,
+                                                                                                 "article", f.title)}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-066
 def to_bookmarks(
     phone, # a `SimPhone`, now
 ):         # a move, or None
@@ -487,32 +573,39 @@ def to_bookmarks(
     if own["focus"]: return ("press", "back")
     return None if APPS["browser"].page(own)["kind"] == "bookmarks" else tap(phone, ("menu",))
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-054
+# %% ../../nbs/phone/34w_searches.ipynb #34w-067
 @template("open a bookmark", "browser", horizon=10)
 class OpenBookmark(Template):
-    goals = ("Open the bookmark {title}", "Open {title} from the bookmarks of the browser", "Go to the page {title} that I have bookmarked")
+    goals = ("Open the bookmark {title}", "Open {title} from the bookmarks of the browser",
+             "Go to the page {title} that I have bookmarked")
     held_out = ("Among my bookmarks is {title}: show it",)
     def fill(self, rng, data):
         b = rng.choice(data["browser"]["bookmarks"])
         return {k: b[k] for k in ("title", "site", "of", "id")}
     def shown(self, phone, f): return on_web(phone, f.site, *f.of)
-    def moves(self, phone, f): return None if self.shown(phone, f) else to_bookmarks(phone) or tap(phone, ("visit", f.site, *f.of))
+    def moves(self, phone, f):
+        return None if self.shown(phone, f) else to_bookmarks(phone) or tap(phone, ("visit", f.site, *f.of))
     def misses(self, data, f):
         other = next(b for b in data["browser"]["bookmarks"] if b["title"] != f.title)
-        return {"another one": {k: other[k] for k in ("title", "site", "of", "id")}, "only the list": lambda phone, f: to_bookmarks(phone)}
+        return {"another one": {k: other[k] for k in ("title", "site", "of", "id")},
+                "only the list": lambda phone, f: to_bookmarks(phone)}
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-068
 @template("remove a bookmark", "browser", horizon=10, unseen=True)
 class RemoveBookmark(OpenBookmark):
-    goals = ("Remove {title} from the bookmarks of the browser", "Delete the bookmark {title}", "I no longer need the bookmark {title}: delete it")
+    goals = ("Remove {title} from the bookmarks of the browser", "Delete the bookmark {title}",
+             "I no longer need the bookmark {title}: delete it")
     held_out = ("The browser need not keep the page {title} any more",)
     def shown(self, phone, f): return True
     def wanted(self, data, f): return [gone("browser", "bookmarks", f.id)]
     def moves(self, phone, f): return to_bookmarks(phone) or tap(phone, ("forget", f.id))
     def misses(self, data, f):
         other = next(b for b in data["browser"]["bookmarks"] if b["title"] != f.title)
-        return {"another one": {k: other[k] for k in ("title", "site", "of", "id")}, "only opened": lambda phone, f: OpenBookmark.moves(self, phone, f) if not on_web(phone, f.site, *f.of) else None}
+        return {"another one": {k: other[k] for k in ("title", "site", "of", "id")},
+                "only opened": lambda phone, f: OpenBookmark.moves(self, phone, f) if not on_web(phone, f.site, *f.of)
+                else None}
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-059
+# %% ../../nbs/phone/34w_searches.ipynb #34w-073
 class Learnt(Template):
     "A fact that is passed on."
     def fill(self, rng, data):
@@ -525,15 +618,23 @@ class Learnt(Template):
 
 @template("note a fact", "browser", "notes", level=3, horizon=15)
 class NoteFact(Learnt):
-    goals = ("What is the {question}? Write it into a new note", "Look up the {question} on the web and make a note of it", "Make a note that says only the {question}; the web knows")
+    goals = ("What is the {question}? Write it into a new note",
+             "Look up the {question} on the web and make a note of it",
+             "Make a note that says only the {question}; the web knows")
     held_out = ("I want the {question} in a note of its own",)
     def wanted(self, data, f):
-        return [new("notes", "notes", title=ANY, text=f.value, items=[], folder=0, color=ANY, pinned=False, days=0, binned=False)]
-    def moves(self, phone, f): return self.learn(phone, f) or go(phone, "notes", ("edit", 0)) or fill(phone, "text", f.value) or tap(phone, ("save", 0))
+        return [new("notes", "notes", title=ANY, text=f.value, items=[], folder=0, color=ANY, pinned=False, days=0,
+                    binned=False)]
+    def moves(self, phone, f):
+        if move := self.learn(phone, f): return move
+        return go(phone, "notes", ("edit", 0)) or fill(phone, "text", f.value) or tap(phone, ("save", 0))
 
+# %% ../../nbs/phone/34w_searches.ipynb #34w-074
 @template("send a fact", "browser", "messages", level=3, horizon=15, unseen=True)
 class SendFact(Learnt):
-    goals = ("Look up the {question} on the web and send it to {name}", "{name} wants to know the {question}: send the answer in a message", "Find out the {question} and text it to {name}")
+    goals = ("Look up the {question} on the web and send it to {name}",
+             "{name} wants to know the {question}: send the answer in a message",
+             "Find out the {question} and text it to {name}")
     held_out = ("Help {name} with a riddle: send the {question}",)
     def fill(self, rng, data):
         numbers = [c for c in data["contacts"]["contacts"] if look_up(data, "messages", "threads", number=c["mobile"])]
@@ -542,10 +643,11 @@ class SendFact(Learnt):
     def wanted(self, data, f): return message_sent(data, self.number(data, f), f.value)
     def moves(self, phone, f): return self.learn(phone, f) or write_to(phone, self.number(phone.data, f), f.value)
 
-# %% ../../nbs/phone/34w_searches.ipynb #34w-060
+# %% ../../nbs/phone/34w_searches.ipynb #34w-075
 @template("a timer for a recipe", "browser", "clock", level=3, horizon=15)
 class TimerForRecipe(Template):
-    goals = ("Start a timer for as long as the recipe for {dish} on plateful.net takes", "How long does {dish} take? Plateful knows: start a timer for it",
+    goals = ("Start a timer for as long as the recipe for {dish} on plateful.net takes",
+             "How long does {dish} take? Plateful knows: start a timer for it",
              "Look up the time for {dish} on Plateful and start a timer of that length")
     held_out = ("I am about to cook {dish} as Plateful says: time it with the timer",)
     def fill(self, rng, data):
@@ -558,4 +660,6 @@ class TimerForRecipe(Template):
         if move := go(phone, "clock", "timer"): return move
         if phone.data["clock"]["timer"]["is"] != "off": return tap(phone, ("timer", "off"))
         return fill(phone, "seconds", "") or fill(phone, "minutes", str(f.minutes)) or tap(phone, ("start timer",))
-    def misses(self, data, f): return {"five minutes more": {"minutes": f.minutes + 5}, "only looked up": lambda phone, f: seek_for(phone, f"time for {f.dish}")}
+    def misses(self, data, f):
+        return {"five minutes more": {"minutes": f.minutes + 5},
+                "only looked up": lambda phone, f: seek_for(phone, f"time for {f.dish}")}

@@ -21,11 +21,13 @@ from .everyday import STREETS, TODAY, TOWNS, clock_time, day_name, phone_of
 from .shops import search_field
 from .town import HOME, duration, places
 from .web import Hit, Site, fact_table, fit, heading, link_row, options, page_of, paragraph, sight, site
-from .world import TINTS, THINGS, catalogue, normal, shuffled
+from .world import THINGS, TINTS, catalogue, shuffled
 from ..tasks import MANNERS
 
 # %% ../../nbs/phone/33c_travel.ipynb #33c-006
-AIRLINES = {"Albatross": "#1f5fa8", "Blue Heron": "#2b7f92", "Norwing": "#b3261e", "Kestrel Air": "#6750a4", "Sunline": "#c2711a", "Valdair": "#2f7d4f"}
+AIRLINES = {"Albatross": "#1f5fa8", "Blue Heron": "#2b7f92", "Norwing": "#b3261e", "Kestrel Air": "#6750a4",
+            "Sunline": "#c2711a", "Valdair": "#2f7d4f"}
+
 DATES = tuple(range(1, 8)) # on which one may fly, days from today
 
 class Flight(NamedTuple):
@@ -36,6 +38,7 @@ class Flight(NamedTuple):
     stops: int
     price: int    # dollars, unlike that of any other flight of the day
 
+# %% ../../nbs/phone/33c_travel.ipynb #33c-007
 @lru_cache(4096)
 def flights(
     content: int, # of the phone
@@ -53,7 +56,7 @@ def flights(
                           direct + 5 * rng.randrange(4) + stops * rng.randrange(55, 150, 5), stops, price))
     return tuple(sorted(out, key=lambda f: (f.leaves, f.price)))
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-008
+# %% ../../nbs/phone/33c_travel.ipynb #33c-009
 def flight_times(
     flight: Flight,
 ) -> str:       # "7:05 AM to 8:40 AM"
@@ -75,28 +78,39 @@ ORDERS = {"Departure": lambda f: f.leaves, "Price": lambda f: f.price, "Duration
 @site("skyfare.com", "plane", "#14518f", "All flights in one place")
 class Skyfare(Site):
     "All flights in one place."
-    def page_home(self, state, ep):
-        page = state["page"]
-        if page.get("pick"): return self.towns(page)
-        start, end, day = page.get("from", HOME), page.get("to", ""), page.get("day", 1)
-        go = ("visit", self.domain, "list", start, end, day) if end and end != start else None
-        way = [link_row(town or "Choose a town", ("set", "pick", key), label, ui.icon("plane" if key == "from" else "flag", 64, self.color), role=f"{label.lower()} field")
-               for label, key, town in (("From", "from", start), ("To", "to", end))]
-        dates = [ui.chip(_short(d), ("set", "day", d), d == day, "date") for d in DATES]
-        ideas = shuffled([t for t in TOWNS if t != HOME], ep.content, "ideas")[:3]
-        return [heading("Where to?"), *way, ui.text("Date", 38, ui.MUTED), ui.row(*dates[:5], gap=20), ui.row(*dates[5:], gap=20),
-                ui.button("Search flights", go, color=self.color if go else "#9aa0a6", role="search button", width="fill"),
-                heading("From " + HOME), *[self.offer(ep, t) for t in ideas]]
 
-    def towns(self, page): # to be chosen from
-        rows = [ui.row(ui.text(t, 44, width="fill"), on=("set", page["pick"], t), role="town", pad=(24, 16), bg=ui.PAPER) for t in sorted(TOWNS)]
-        return [heading("From which town?" if page["pick"] == "from" else "To which town?"), *rows]
+# %% ../../nbs/phone/33c_travel.ipynb #33c-010
+@patch
+def page_home(self:Skyfare, state, ep):
+    page = state["page"]
+    if page.get("pick"): return self.towns(page)
+    start, end, day = page.get("from", HOME), page.get("to", ""), page.get("day", 1)
+    go = ("visit", self.domain, "list", start, end, day) if end and end != start else None
+    way = [link_row(town or "Choose a town", ("set", "pick", key), label,
+                    ui.icon("plane" if key == "from" else "flag", 64, self.color), role=f"{label.lower()} field")
+           for label, key, town in (("From", "from", start), ("To", "to", end))]
+    dates = [ui.chip(_short(d), ("set", "day", d), d == day, "date") for d in DATES]
+    ideas = shuffled([t for t in TOWNS if t != HOME], ep.content, "ideas")[:3]
+    return [heading("Where to?"), *way, ui.text("Date", 38, ui.MUTED), ui.row(*dates[:5], gap=20),
+            ui.row(*dates[5:], gap=20),
+            ui.button("Search flights", go, color=self.color if go else "#9aa0a6", role="search button",
+                      width="fill"),
+            heading("From " + HOME), *[self.offer(ep, t) for t in ideas]]
 
-    def offer(self, ep, town):
-        least = min(f.price for f in flights(ep.content, HOME, town, 1))
-        return link_row(town, ("visit", self.domain, "list", HOME, town, 1), f"Tomorrow, from ${least}", sight("town", town, 200, 140, radius=20))
+@patch
+def towns(self:Skyfare, page): # to be chosen from
+    rows = [ui.row(ui.text(t, 44, width="fill"), on=("set", page["pick"], t), role="town", pad=(24, 16),
+                   bg=ui.PAPER) for t in sorted(TOWNS)]
+    return [heading("From which town?" if page["pick"] == "from" else "To which town?"), *rows]
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-009
+# %% ../../nbs/phone/33c_travel.ipynb #33c-011
+@patch
+def offer(self:Skyfare, ep, town):
+    least = min(f.price for f in flights(ep.content, HOME, town, 1))
+    return link_row(town, ("visit", self.domain, "list", HOME, town, 1), f"Tomorrow, from ${least}",
+                    sight("town", town, 200, 140, radius=20))
+
+# %% ../../nbs/phone/33c_travel.ipynb #33c-012
 @patch
 def page_list(self:Skyfare, state, ep, start, end, day):
     page = state["page"]
@@ -104,34 +118,43 @@ def page_list(self:Skyfare, state, ep, start, end, day):
     left = sorted((x for x in some if not (page.get("with") and x[1].stops)), key=lambda x: ORDERS[by](x[1]))
     dates = [ui.chip(_short(d), ("visit", self.domain, "list", start, end, d), d == day, "date") for d in DATES]
     head = ui.text(f"{start} to {end}", 60, bold=True, lines=2, width="fill")
-    chips = [*options(ORDERS, by, ("set", "sort"), "sort chip"), *options(["Non-stop"], page.get("with", []), ("flip", "with"), "filter chip")]
-    return [head, ui.row(*dates[:5], gap=20), ui.row(*dates[5:], gap=20), *chips, *[self.row(f, ("visit", self.domain, "flight", start, end, day, i)) for i, f in left]]
+    chips = [*options(ORDERS, by, ("set", "sort"), "sort chip"),
+             *options(["Non-stop"], page.get("with", []), ("flip", "with"), "filter chip")]
+    return [head, ui.row(*dates[:5], gap=20), ui.row(*dates[5:], gap=20), *chips,
+            *[self.row(f, ("visit", self.domain, "flight", start, end, day, i)) for i, f in left]]
 
 @patch
 def row(self:Skyfare, f, on): # a flight in a list
-    words = ui.column(ui.text(flight_times(f), 44, bold=True), ui.text(f"{f.airline}, {duration(f.minutes)}, {stops_note(f)}", 36, ui.MUTED), gap=8)
+    words = ui.column(ui.text(flight_times(f), 44, bold=True),
+                      ui.text(f"{f.airline}, {duration(f.minutes)}, {stops_note(f)}", 36, ui.MUTED), gap=8)
     tail = ui.column(width=20, height=112, bg=AIRLINES[f.airline], radius=10)
-    return ui.row(tail, words, ui.text(f"${f.price}", 52, self.color, bold=True), on=on, role="flight", pad=(24, 28), gap=28,
+    return ui.row(tail, words, ui.text(f"${f.price}", 52, self.color, bold=True), on=on, role="flight", pad=(24, 28),
+                  gap=28,
                   bg=ui.WHITE, radius=24, border=(2, ui.LINE))
 
+# %% ../../nbs/phone/33c_travel.ipynb #33c-013
 @patch
 def page_flight(self:Skyfare, state, ep, start, end, day, i):
     f = flights(ep.content, start, end, day)[i]
     leave, land = flight_times(f).split(" to ")
-    facts = fact_table([("Date", day_name(day), None), ("Departs", f"{leave}, {start}", None), ("Arrives", f"{land}, {end}", None),
-                        ("Duration", duration(f.minutes), None), ("Stops", stops_note(f), None), ("Airline", f.airline, None)])
+    facts = fact_table([("Date", day_name(day), None), ("Departs", f"{leave}, {start}", None),
+                        ("Arrives", f"{land}, {end}", None),
+                        ("Duration", duration(f.minutes), None), ("Stops", stops_note(f), None),
+                        ("Airline", f.airline, None)])
     bags = f"One bag of 8 kg is free. A suitcase is ${15 + f.price // 10} more."
     book = ui.button("Book", ("visit", self.domain, "sign in"), color=self.color, role="book button", width="fill")
-    return [ui.text(f"{start} to {end}", 60, bold=True, lines=2, width="fill"), ui.text(f"${f.price}", 76, self.color, bold=True), facts,
+    return [ui.text(f"{start} to {end}", 60, bold=True, lines=2, width="fill"),
+            ui.text(f"${f.price}", 76, self.color, bold=True), facts,
             heading("Luggage"), paragraph(bags), book]
 
 @patch
 def title(self:Skyfare, page, *args): return f"Flights from {args[0]} to {args[1]}" if args else self.name
 
 @patch
-def page_sign_in(self:Skyfare, state, ep): return [ui.text("Sign in", 60, bold=True), paragraph("Please sign in to book. You have no account here.")]
+def page_sign_in(self:Skyfare, state, ep):
+    return [ui.text("Sign in", 60, bold=True), paragraph("Please sign in to book. You have no account here.")]
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-010
+# %% ../../nbs/phone/33c_travel.ipynb #33c-014
 def towns_in(
     words: tuple, # of a query
 ) -> list:        # of `TOWNS`, in its order
@@ -148,15 +171,21 @@ def hits(self:Skyfare, ep, words):
     day = next((d for d in DATES if str((TODAY + timedelta(d)).day) in words), 1)
     least = min(f.price for f in flights(ep.content, start, end, day))
     back = Hit(f"Flights from {end} to {start}", f"The way back on {day_name(day)}.", ("list", end, start, day), 1.5)
-    return [Hit(f"Flights from {start} to {end}", f"{day_name(day)}, from ${least}. All airlines.", ("list", start, end, day), 2), back]
+    return [Hit(f"Flights from {start} to {end}", f"{day_name(day)}, from ${least}. All airlines.",
+                ("list", start, end, day), 2), back]
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-013
-HOUSES = """Aurora,Bellevue,Cedar Court,Dolphin,Emerald,Fountain,Garden House,Horizon,Ivy Lodge,Juniper,Kingfisher,Lakeside,Mirabel,
-            Northgate,Old Post,Panorama,Regent,Seaview,Terrace,White Swan""".replace("\n", "").split(",")
-TABLES = """Basil and Salt,Copper Pot,The Hearth,Little Fork,Moonlight,Olive Branch,Pepper Mill,Quay Kitchen,Red Lantern,Silver Spoon,
-            The Larder,Tamarind,Walnut,Yellow Door,Blue Plate,Fig Tree""".replace("\n", "").split(",")
-HOUSES, TABLES = (tuple(n.strip() for n in names) for names in (HOUSES, TABLES))
-EXTRAS = {"hotel": ("Breakfast", "Pool", "Parking", "Pets welcome", "Gym"), "restaurant": ("Terrace", "Vegan menu", "Live music", "Children's menu")}
+# %% ../../nbs/phone/33c_travel.ipynb #33c-017
+HOUSES = ("Aurora,Bellevue,Cedar Court,Dolphin,Emerald,Fountain,Garden House,Horizon,Ivy "
+          "Lodge,Juniper,Kingfisher,Lakeside,"
+          "Mirabel,Northgate,Old Post,Panorama,Regent,Seaview,Terrace,White Swan").split(",")
+
+TABLES = ("Basil and Salt,Copper Pot,The Hearth,Little Fork,Moonlight,Olive Branch,Pepper Mill,Quay Kitchen,Red "
+          "Lantern,"
+          "Silver Spoon,The Larder,Tamarind,Walnut,Yellow Door,Blue Plate,Fig Tree").split(",")
+
+EXTRAS = {"hotel": ("Breakfast", "Pool", "Parking", "Pets welcome", "Gym"),
+          "restaurant": ("Terrace", "Vegan menu", "Live music", "Children's menu")}
+
 CUISINES = ("Italian", "Indian", "Japanese", "Mexican", "Greek", "Thai", "French", "Lebanese")
 
 class House(NamedTuple):
@@ -171,7 +200,7 @@ class House(NamedTuple):
     cuisine: str  # "" for a hotel
     extras: tuple # some of `EXTRAS`
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-014
+# %% ../../nbs/phone/33c_travel.ipynb #33c-018
 @lru_cache(256)
 def houses(
     town: str, # one of `TOWNS`
@@ -186,14 +215,17 @@ def houses(
     known = {p.name: p for p in real}
     return tuple(sorted(_house(n, kind, town, stars, known.get(n)) for n, stars in zip(names, rates)))
 
+# %% ../../nbs/phone/33c_travel.ipynb #33c-019
 def _house(name, kind, town, stars, known):
     rng = random.Random(derive_seed("house", name, town))
     full = name if known or kind == "restaurant" else rng.choice(("Hotel {}", "{} Hotel", "{} Inn")).format(name)
     address = known.address if known else f"{rng.choice(STREETS)} Street {rng.randrange(1, 61)}, {town}"
-    hours = (known.opens, known.closes) if known else (0, 24) if kind == "hotel" else rng.choice(((11, 22), (12, 23), (17, 24)))
-    some = EXTRAS[kind]
-    return House(full, kind, town, stars, known.votes if known else rng.randrange(20, 900), address, hours,
-                 "" if kind == "hotel" else rng.choice(CUISINES), tuple(e for e in some if rng.random() < .5) or some[:1])
+    hours = (0, 24) if kind == "hotel" else rng.choice(((11, 22), (12, 23), (17, 24)))
+    if known: hours = known.opens, known.closes
+    votes = known.votes if known else rng.randrange(20, 900)
+    cuisine = "" if kind == "hotel" else rng.choice(CUISINES)
+    extras = tuple(e for e in EXTRAS[kind] if rng.random() < .5) or EXTRAS[kind][:1]
+    return House(full, kind, town, stars, votes, address, hours, cuisine, extras)
 
 @lru_cache(4096)
 def room_price(
@@ -202,9 +234,10 @@ def room_price(
 ) -> int:         # dollars a night, unlike that of any other hotel of the town
     "What a night costs."
     others = [h.name for h in houses(house.town, house.kind)]
-    return random.Random(derive_seed("rooms", content, house.town)).sample(range(48, 260), len(others))[others.index(house.name)]
+    rng = random.Random(derive_seed("rooms", content, house.town))
+    return rng.sample(range(48, 260), len(others))[others.index(house.name)]
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-016
+# %% ../../nbs/phone/33c_travel.ipynb #33c-021
 @site("wayfarer.com", "bed", "#8a3d6b", "Places to sleep and to eat", "A town, a hotel, a restaurant")
 class Wayfarer(Site):
     "Places to sleep and to eat."
@@ -213,43 +246,68 @@ class Wayfarer(Site):
         return f"{h.stars} stars, {what}. {', '.join(h.extras)}"
 
     def row(self, ep, h, i):
-        return link_row(h.name, ("visit", self.domain, h.kind, h.town, i), self.note(ep, h), sight(h.kind, h.name + h.town, 200, 160, radius=20), role=h.kind)
+        return link_row(h.name, ("visit", self.domain, h.kind, h.town, i), self.note(ep, h),
+                        sight(h.kind, h.name + h.town, 200, 160, radius=20), role=h.kind)
 
-    def page_home(self, state, ep):
-        towns = [HOME, *shuffled([t for t in TOWNS if t != HOME], ep.content, "wayfarer")[:3]]
-        both = lambda t: ui.row(*[ui.button(k.capitalize() + "s", ("visit", self.domain, k + "s", t), "tonal", self.color, role=f"{k}s button") for k in EXTRAS], gap=20)
-        return [search_field(state, self.hint), *[n for t in towns for n in (heading(t), sight("town", t, "fill", 240, radius=24), both(t))]]
+@patch
+def page_home(self:Wayfarer, state, ep):
+    towns = [HOME, *shuffled([t for t in TOWNS if t != HOME], ep.content, "wayfarer")[:3]]
+    both = lambda t: ui.row(*[ui.button(k.capitalize() + "s", ("visit", self.domain, k + "s", t), "tonal",
+                                        self.color, role=f"{k}s button") for k in EXTRAS], gap=20)
+    part = lambda t: (heading(t), sight("town", t, "fill", 240, radius=24), both(t))
+    return [search_field(state, self.hint), *[n for t in towns for n in part(t)]]
 
-    def listed(self, state, ep, town, kind):
-        page = state["page"]
-        by, wishes = page.get("sort", "Name"), page.get("with", [])
-        orders = {"Name": lambda x: x[1].name, "Rating": lambda x: -x[1].stars, "Price": lambda x: room_price(ep.content, x[1])}
-        if kind == "restaurant": del orders["Price"]
-        left = sorted(((i, h) for i, h in enumerate(houses(town, kind)) if set(wishes) <= {*h.extras, h.cuisine}), key=orders[by])
-        count = ui.text(f"{len(left)} of {len(houses(town, kind))}", 38, ui.MUTED)
-        return [ui.text(f"{kind.capitalize()}s in {town}", 60, bold=True, lines=2, width="fill"), *options(orders, by, ("set", "sort"), "sort chip"),
-                *options(EXTRAS[kind], wishes, ("flip", "with"), "filter chip"), count, *[self.row(ep, h, i) for i, h in left]]
+# %% ../../nbs/phone/33c_travel.ipynb #33c-022
+@patch
+def listed(self:Wayfarer, state, ep, town, kind):
+    page = state["page"]
+    by, wishes = page.get("sort", "Name"), page.get("with", [])
+    orders = {"Name": lambda x: x[1].name, "Rating": lambda x: -x[1].stars,
+              "Price": lambda x: room_price(ep.content, x[1])}
+    if kind == "restaurant": del orders["Price"]
+    left = sorted(((i, h) for i, h in enumerate(houses(town, kind)) if set(wishes) <= {*h.extras, h.cuisine}),
+                  key=orders[by])
+    count = ui.text(f"{len(left)} of {len(houses(town, kind))}", 38, ui.MUTED)
+    return [ui.text(f"{kind.capitalize()}s in {town}", 60, bold=True, lines=2, width="fill"),
+            *options(orders, by, ("set", "sort"), "sort chip"),
+            *options(EXTRAS[kind], wishes, ("flip", "with"), "filter chip"), count,
+            *[self.row(ep, h, i) for i, h in left]]
 
-    def page_hotels(self, state, ep, town): return self.listed(state, ep, town, "hotel")
-    def page_restaurants(self, state, ep, town): return self.listed(state, ep, town, "restaurant")
-    def page_hotel(self, state, ep, town, i): return self.detail(ep, houses(town, "hotel")[i])
-    def page_restaurant(self, state, ep, town, i): return self.detail(ep, houses(town, "restaurant")[i])
+# %% ../../nbs/phone/33c_travel.ipynb #33c-023
+@patch
+def page_hotels(self:Wayfarer, state, ep, town): return self.listed(state, ep, town, "hotel")
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-017
+@patch
+def page_restaurants(self:Wayfarer, state, ep, town): return self.listed(state, ep, town, "restaurant")
+
+@patch
+def page_hotel(self:Wayfarer, state, ep, town, i): return self.detail(ep, houses(town, "hotel")[i])
+
+@patch
+def page_restaurant(self:Wayfarer, state, ep, town, i): return self.detail(ep, houses(town, "restaurant")[i])
+
+# %% ../../nbs/phone/33c_travel.ipynb #33c-024
 @patch
 def detail(self:Wayfarer, ep, h): # of a house
     hour = lambda x: clock_time(x % 24, 0)
     own = ("A night", f"${room_price(ep.content, h)}", None) if h.kind == "hotel" else ("Cuisine", h.cuisine, None)
-    facts = fact_table([own, ("Address", h.address, None), ("Telephone", phone_of(h.name), None), ("Good for", ", ".join(h.extras), None),
-                        ("Open", "Day and night" if h.hours == (0, 24) else f"{hour(h.hours[0])} to {hour(h.hours[1])}", None)])
-    button = lambda label, icon, on: ui.button(label, on, "tonal", self.color, icon, f"{label.lower()} button", width="fill")
-    ways = ui.row(button("Call", "phone", ("send", "phone", "dial", phone_of(h.name))), button("Directions", "map", ("send", "maps", "find", h.address)), gap=20)
+    facts = fact_table([own, ("Address", h.address, None), ("Telephone", phone_of(h.name), None),
+                        ("Good for", ", ".join(h.extras), None),
+                        ("Open", "Day and night" if h.hours == (0, 24)
+                         else f"{hour(h.hours[0])} to {hour(h.hours[1])}", None)])
+    button = lambda label, icon, on: ui.button(label, on, "tonal", self.color, icon, f"{label.lower()} button",
+                                               width="fill")
+    ways = ui.row(button("Call", "phone", ("send", "phone", "dial", phone_of(h.name))),
+                  button("Directions", "map", ("send", "maps", "find", h.address)), gap=20)
     stars = ui.row(ui.stars(h.stars), ui.text(f"{h.stars} ({h.votes} votes)", 38, ui.MUTED), gap=20)
     rng = random.Random(derive_seed("guests", h.name, h.town))
-    words = rng.sample(("Friendly people.", "A bit loud at night.", "We will come again.", "Clean and bright.", "Better than it looks.", "Worth the walk."), 3)
-    return [sight(h.kind, h.name + h.town, "fill", 520, radius=24), ui.text(h.name, 68, bold=True, lines=2, width="fill"), stars, facts, ways,
+    words = rng.sample(("Friendly people.", "A bit loud at night.", "We will come again.", "Clean and bright.",
+                        "Better than it looks.", "Worth the walk."), 3)
+    return [sight(h.kind, h.name + h.town, "fill", 520, radius=24),
+            ui.text(h.name, 68, bold=True, lines=2, width="fill"), stars, facts, ways,
             heading("What guests say"), *map(paragraph, words)]
 
+# %% ../../nbs/phone/33c_travel.ipynb #33c-025
 @patch
 def title(self:Wayfarer, page, *args):
     if len(args) < 2: return f"{page.capitalize()} in {args[0]}" if page in ("hotels", "restaurants") else self.name
@@ -258,16 +316,18 @@ def title(self:Wayfarer, page, *args):
 @patch
 def hits(self:Wayfarer, ep, words):
     out = []
-    for kind, also in (("hotel", {"hotel", "hotels", "room", "sleep"}), ("restaurant", {"restaurant", "restaurants", "eat", "dinner"})):
+    for kind, also in (("hotel", {"hotel", "hotels", "room", "sleep"}),
+                       ("restaurant", {"restaurant", "restaurants", "eat", "dinner"})):
         for town in towns_in(words) if also & set(words) else ():
-            out.append(Hit(f"{kind.capitalize()}s in {town}", "Compare, with stars and what they offer.", (kind + "s", town), 2.2))
+            out.append(Hit(f"{kind.capitalize()}s in {town}", "Compare, with stars and what they offer.",
+                           (kind + "s", town), 2.2))
         for town in TOWNS:
             for i, h in enumerate(houses(town, kind)):
                 w = fit(words, h.name, kind, town.lower(), "hotel" if kind == "hotel" else "restaurant")
                 if w: out.append(Hit(f"{h.name}, {town}", self.note(ep, h), (kind, town, i), w))
     return out
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-020
+# %% ../../nbs/phone/33c_travel.ipynb #33c-028
 ARTICLE_WORDS = THINGS | set(TINTS) | set(MANNERS)
 
 @lru_cache(1024)
@@ -285,25 +345,35 @@ class Pricehawk(Site):
     "Compare before you buy."
     def page_home(self, state, ep):
         some = shuffled(sorted(THINGS), ep.content, "looked for")[:9]
-        return [search_field(state, self.hint), heading("Often looked for"), *options(some, "", ("visit", self.domain, "item"), "article chip"),
-                heading("How it works"), paragraph("We ask the shops every night. The cheapest one stands on top, whoever it is.")]
+        return [search_field(state, self.hint), heading("Often looked for"),
+                *options(some, "", ("visit", self.domain, "item"), "article chip"),
+                heading("How it works"), paragraph("We ask the shops every night. The cheapest one stands on top, "
+                                                   "whoever it is.")]
 
-    def page_item(self, state, ep, article):
-        rows = offers(ep.world_seed, article, tuple(ep.world["common"]))
-        art = ui.picture(derive_seed(article) % 64, 984, 440, shape=article.split()[-1], tint=next((TINTS[w] for w in article.split() if w in TINTS), None), radius=24)
-        line = lambda i, price, d: link_row(d[:-4].capitalize(), ("find", d, article), "Delivery " + ("free" if derive_seed(d, article) % 2 else "$4.90"),
-                                            trail=ui.text(f"${price:.2f}", 52, self.color, bold=True), badge="Cheapest" if not i else "", role="offer")
-        title = ui.text(article[:1].upper() + article[1:], 64, bold=True, lines=2, width="fill")
-        return [art, title, ui.text(f"From ${rows[0][0]:.2f} in {len(rows)} shops", 42, ui.MUTED), *[line(i, *r) for i, r in enumerate(rows)]]
+# %% ../../nbs/phone/33c_travel.ipynb #33c-029
+@patch
+def page_item(self:Pricehawk, state, ep, article):
+    rows = offers(ep.world_seed, article, tuple(ep.world["common"]))
+    art = ui.picture(derive_seed(article) % 64, 984, 440, shape=article.split()[-1],
+                     tint=next((TINTS[w] for w in article.split() if w in TINTS), None), radius=24)
+    line = lambda i, price, d: link_row(d[:-4].capitalize(), ("find", d, article), "Delivery "
+                                        + ("free" if derive_seed(d, article) % 2 else "$4.90"),
+                                        trail=ui.text(f"${price:.2f}", 52, self.color, bold=True),
+                                        badge="Cheapest" if not i else "", role="offer")
+    title = ui.text(article[:1].upper() + article[1:], 64, bold=True, lines=2, width="fill")
+    return [art, title, ui.text(f"From ${rows[0][0]:.2f} in {len(rows)} shops", 42, ui.MUTED),
+            *[line(i, *r) for i, r in enumerate(rows)]]
 
-    def hits(self, ep, words):
-        article = " ".join(w for w in words if w in ARTICLE_WORDS)
-        if not set(words) & THINGS: return []
-        asks = {"price", "prices", "cost", "costs", "cheap", "cheapest", "compare"} & set(words)
-        least = offers(ep.world_seed, article, tuple(ep.world["common"]))[0][0]
-        return [Hit(f"{article[:1].upper() + article[1:]}: prices compared", f"From ${least:.2f} in six shops.", ("item", article), 2 if asks else 1)]
+@patch
+def hits(self:Pricehawk, ep, words):
+    article = " ".join(w for w in words if w in ARTICLE_WORDS)
+    if not set(words) & THINGS: return []
+    asks = {"price", "prices", "cost", "costs", "cheap", "cheapest", "compare"} & set(words)
+    least = offers(ep.world_seed, article, tuple(ep.world["common"]))[0][0]
+    return [Hit(f"{article[:1].upper() + article[1:]}: prices compared", f"From ${least:.2f} in six shops.",
+                ("item", article), 2 if asks else 1)]
 
-# %% ../../nbs/phone/33c_travel.ipynb #33c-023
+# %% ../../nbs/phone/33c_travel.ipynb #33c-032
 @site("dealhopper.net", "bolt", "#c2410c", "Deals, deals, deals")
 class Dealhopper(Site):
     "Deals, deals, deals."
@@ -311,6 +381,8 @@ class Dealhopper(Site):
 
     def page_deal(self, state, ep, query):
         other = shuffled(("Winter sale", "Last minute", "Two for one", "Only today"), ep.content, query)[:2]
-        return [ui.text(f"Best deals: {query}", 60, bold=True, lines=3, width="fill"), paragraph("This deal has ended. Leave your mail address and we will tell you of the next one."),
-                ui.button("Tell me", ("nothing",), color=self.color, role="install button", width="fill"), heading("People also looked at"),
+        return [ui.text(f"Best deals: {query}", 60, bold=True, lines=3, width="fill"),
+                paragraph("This deal has ended. Leave your mail address and we will tell you of the next one."),
+                ui.button("Tell me", ("nothing",), color=self.color, role="install button", width="fill"),
+                heading("People also looked at"),
                 *[link_row(o, ("visit", self.domain, "deal", o.lower()), "Ended") for o in other]]

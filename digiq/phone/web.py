@@ -34,7 +34,8 @@ def sight(
     **style,           # fields of `Node`
 ) -> ui.Node:
     "What stands for a photograph."
-    return ui.node("sight", text=f"{kind}:{name}", desc=name, width=width, height=height, **{"role": "picture", **style})
+    return ui.node("sight", text=f"{kind}:{name}", desc=name, width=width, height=height,
+                   **{"role": "picture", **style})
 
 # %% ../../nbs/phone/33a_web.ipynb #33a-007
 @lru_cache(256)
@@ -96,7 +97,8 @@ def _mountain(d, rng, w, h):
         left, right, peak = (w * (x - .38), h), (w * (x + .38), h), (w * x, h * top)
         d.polygon([left, peak, right], color)
         cut = lambda p, t: (peak[0] + (p[0] - peak[0]) * t, peak[1] + (p[1] - peak[1]) * t)
-        d.polygon([peak, cut(left, .24), cut(left, .17), (peak[0], h * (top + .2)), cut(right, .16), cut(right, .26)], "#f7fafc")
+        d.polygon([peak, cut(left, .24), cut(left, .17), (peak[0], h * (top + .2)), cut(right, .16), cut(right, .26)],
+                  "#f7fafc")
     _hill(d, rng, w, h, .86, rng.choice(GREENS))
 
 @_drawn
@@ -107,6 +109,7 @@ def _lake(d, rng, w, h):
         x, y = w * rng.uniform(.1, .8), h * rng.uniform(.72, .95)
         d.line((x, y, x + w * .1, y), "#a9cfe3", max(2, int(h * .01)))
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-012
 @_drawn
 def _river(d, rng, w, h):
     _land(d, rng, w, h, .4)
@@ -114,7 +117,7 @@ def _river(d, rng, w, h):
     d.polygon([(w * .48, h * .5), (w * .53, h * .5), (w * (bend + .12), h * .7), (w * .8, h), (w * .3, h),
                (w * bend, h * .72)], "#6fa8c9")
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-012
+# %% ../../nbs/phone/33a_web.ipynb #33a-013
 @_drawn
 def _flag(d, rng, w, h):
     colors = rng.sample(("#b3261e", "#1f5fa8", "#f2c230", "#2f7d4f", "#ffffff", "#20242c", "#e07b2c"), 3)
@@ -125,21 +128,24 @@ def _flag(d, rng, w, h):
     d.ellipse((w / 2 - r, h / 2 - r, w / 2 + r, h / 2 + r), ink)
     d.ellipse((w / 2 - r * .5, h / 2 - r * .8, w / 2 + r * 1.1, h / 2 + r * .8), colors[1])
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-014
 @_drawn
 def _person(d, rng, w, h):
     d.rectangle((0, 0, w, h), rng.choice(("#d9cdb8", "#c9d3d6", "#d8c9cc", "#c8cfba", "#e2d7c4")))
     k, x = min(w, h) / 100, w / 2
-    skin, hair = rng.choice(("#f0cfb0", "#d9a67c", "#a9744f", "#e8bd98")), rng.choice(("#3b2a20", "#7a4b2a", "#b9b2a8", "#1f1f22"))
+    skin, hair = rng.choice(("#f0cfb0", "#d9a67c", "#a9744f", "#e8bd98")), rng.choice(("#3b2a20", "#7a4b2a",
+                                                                                       "#b9b2a8", "#1f1f22"))
     y = h - 100 * k
     if rng.random() < .5: d.ellipse((x - 27 * k, y + 14 * k, x + 27 * k, y + 76 * k), hair) # long hair
-    d.ellipse((x - 42 * k, y + 70 * k, x + 42 * k, y + 150 * k), rng.choice(("#34495e", "#6b3f4e", "#3f5d4a", "#5a4a3a")))
+    d.ellipse((x - 42 * k, y + 70 * k, x + 42 * k, y + 150 * k),
+              rng.choice(("#34495e", "#6b3f4e", "#3f5d4a", "#5a4a3a")))
     d.rectangle((x - 9 * k, y + 58 * k, x + 9 * k, y + 78 * k), ui.mix(skin, "#000000", .1))
     d.ellipse((x - 22 * k, y + 20 * k, x + 22 * k, y + 68 * k), skin)
     d.chord((x - 23 * k, y + 15 * k, x + 23 * k, y + 58 * k), 190, 350, hair)
     for side in (-8, 8): d.ellipse((x + (side - 2) * k, y + 42 * k, x + (side + 2) * k, y + 46 * k), "#20242c")
     d.arc((x - 8 * k, y + 48 * k, x + 8 * k, y + 60 * k), 20, 160, "#8a4a3f", max(2, int(2 * k)))
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-014
+# %% ../../nbs/phone/33a_web.ipynb #33a-016
 FURS = ("#8a6a4a", "#6f7378", "#b98a5a", "#4f4a46", "#c9b08a", "#7d5a44", "#5f7f8a", "#9a8f6a")
 
 @_drawn
@@ -151,12 +157,14 @@ def _mammal(d, rng, w, h):
     d.line((x - 22 * k, y, x - (24 + tail * .7) * k, y - tail * .6 * k), dark, int(5 * k))
     for at in (-18, -9, 9, 17): d.line((x + at * k, y, x + at * k, y + (8 + leg) * k), dark, int(4 * k))
     d.ellipse((x - 26 * k, y - 12 * k, x + 24 * k, y + 12 * k), fur)
-    for at in (22, 30): d.polygon([(x + at * k, y - 18 * k), (x + (at + 3) * k, y - (20 + ear) * k), (x + (at + 6) * k, y - 17 * k)], dark)
+    for at in (22, 30):
+        d.polygon([(x + at * k, y - 18 * k), (x + (at + 3) * k, y - (20 + ear) * k), (x + (at + 6) * k, y - 17 * k)],
+                  dark)
     d.ellipse((x + 17 * k, y - 22 * k, x + 39 * k, y - 2 * k), fur)
     d.ellipse((x + 35 * k, y - 12 * k, x + 42 * k, y - 5 * k), dark)
     d.ellipse((x + 29 * k, y - 16 * k, x + 32 * k, y - 13 * k), "#16181c")
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-015
+# %% ../../nbs/phone/33a_web.ipynb #33a-017
 @_drawn
 def _bird(d, rng, w, h):
     _land(d, rng, w, h, .62)
@@ -171,6 +179,7 @@ def _bird(d, rng, w, h):
     d.ellipse((x + 8 * k, y - 24 * k, x + 30 * k, y - 2 * k), plume)
     d.ellipse((x + 20 * k, y - 17 * k, x + 24 * k, y - 13 * k), "#16181c")
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-018
 @_drawn
 def _fish(d, rng, w, h):
     d.rectangle((0, 0, w, h), "#9cc9dd")
@@ -180,22 +189,25 @@ def _fish(d, rng, w, h):
     d.polygon([(x - 20 * k, y), (x - 38 * k, y - 13 * k), (x - 34 * k, y), (x - 38 * k, y + 13 * k)], dark)
     d.polygon([(x - 10 * k, y - 10 * k), (x + 2 * k, y - 22 * k), (x + 12 * k, y - 10 * k)], dark)
     d.ellipse((x - 28 * k, y - 14 * k, x + 32 * k, y + 14 * k), fin)
-    for i in range(4): d.arc((x - (18 - 9 * i) * k, y - 9 * k, x - (8 - 9 * i) * k, y + 9 * k), 270, 90, dark, max(2, int(1.5 * k)))
+    for i in range(4):
+        d.arc((x - (18 - 9 * i) * k, y - 9 * k, x - (8 - 9 * i) * k, y + 9 * k), 270, 90, dark, max(2, int(1.5 * k)))
     d.ellipse((x + 20 * k, y - 5 * k, x + 25 * k, y), "#16181c")
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-016
+# %% ../../nbs/phone/33a_web.ipynb #33a-019
 @_drawn
 def _frog(d, rng, w, h):
     _land(d, rng, w, h, .5)
     k, skin = min(w, h * 1.6) / 100, rng.choice(("#5f9f55", "#8a9a3f", "#b5793f", "#5a8f8a"))
     x, y, dark = w / 2, h * .66, ui.mix(skin, "#000000", .25)
-    for side in (-1, 1): d.ellipse((x + side * 24 * k - 12 * k, y - 2 * k, x + side * 24 * k + 12 * k, y + 18 * k), dark)
+    for side in (-1, 1):
+        d.ellipse((x + side * 24 * k - 12 * k, y - 2 * k, x + side * 24 * k + 12 * k, y + 18 * k), dark)
     d.ellipse((x - 24 * k, y - 18 * k, x + 24 * k, y + 17 * k), skin)
     for side in (-1, 1):
         d.ellipse((x + side * 13 * k - 8 * k, y - 27 * k, x + side * 13 * k + 8 * k, y - 11 * k), skin)
         d.ellipse((x + side * 13 * k - 4 * k, y - 23 * k, x + side * 13 * k + 4 * k, y - 15 * k), "#16181c")
     d.arc((x - 14 * k, y - 12 * k, x + 14 * k, y + 6 * k), 20, 160, dark, max(2, int(2 * k)))
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-020
 @_drawn
 def _dish(d, rng, w, h):
     d.rectangle((0, 0, w, h), rng.choice(("#d9c2a0", "#c9d3d6", "#e6ddd0", "#b9a48a", "#cfd8c8")))
@@ -208,7 +220,7 @@ def _dish(d, rng, w, h):
         a, b, q = x + r * rng.uniform(-.5, .5), y + r * rng.uniform(-.5, .5), r * rng.uniform(.05, .14)
         d.ellipse((a - q, b - q, a + q, b + q), bits[i % 4])
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-017
+# %% ../../nbs/phone/33a_web.ipynb #33a-021
 @_drawn
 def _hotel(d, rng, w, h):
     _land(d, rng, w, h, .6)
@@ -221,11 +233,13 @@ def _hotel(d, rng, w, h):
         for j in range(columns):
             a, b = left + (right - left) * (j + .25) / columns, top + (h * .7 - top) * (i + .25) / rows
             lit = rng.random() < .3
-            d.rectangle((a, b, a + (right - left) * .5 / columns, b + (h * .7 - top) * .5 / rows), "#f7dd8a" if lit else "#5f7f95")
+            d.rectangle((a, b, a + (right - left) * .5 / columns, b + (h * .7 - top) * .5 / rows), "#f7dd8a" if lit
+                        else "#5f7f95")
     d.rectangle((w * .46, h * .74, w * .54, h * .92), "#4a3428")
     d.rectangle((w * .42, h * .7, w * .58, h * .74), rng.choice(WARM))
     d.rectangle((0, h * .92, w, h), "#8d8d88")
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-022
 @_drawn
 def _restaurant(d, rng, w, h):
     d.rectangle((0, 0, w, h), rng.choice(("#d8c8b0", "#c9d3d6", "#e0cfc0", "#cfd8c8")))
@@ -240,9 +254,10 @@ def _restaurant(d, rng, w, h):
     for x in (.26, .46): d.ellipse((w * x - h * .06, h * .7, w * x + h * .06, h * .8), "#f2d9a0")
     d.rectangle((0, h * .9, w, h), "#9a948a")
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-020
-STOP = frozenset("""a an the of in on at for to from is are was what which who how where when much many does do did me show find search open
-                    look up please i my web page about and with by it its be have has there that this long tall high old""".split())
+# %% ../../nbs/phone/33a_web.ipynb #33a-025
+STOP = frozenset("""a an the of in on at for to from is are was what which who how where when much many does do did me
+                    show find search open look up please i my web page about and with by it its be have has there
+                    that this long tall high old""".split())
 
 def terms(
     text: str, # a query, or a title
@@ -263,7 +278,7 @@ def fit(
     both = shared + len(set(more) & set(words))
     return 2 * both * both / (len(set(words)) * len(own | (set(more) & set(words))))
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-023
+# %% ../../nbs/phone/33a_web.ipynb #33a-028
 class Hit(NamedTuple):
     "What a search finds."
     title: str
@@ -283,10 +298,11 @@ class Site:
     def title(self, page, *args): return str(args[0]) if args else self.name # of a page, as bookmarks and tabs name it
 
     def look(self, ep): # what a shop has, too: the order of buttons, the side of the x
-        own = {"name": self.name, "color": self.color, "heads": (f"{self.name} is better in the app", "The best of the week by mail")}
+        own = {"name": self.name, "color": self.color, "heads": (f"{self.name} is better in the app",
+                                                                 "The best of the week by mail")}
         return make_shop(ep.world_seed, self.domain, 0) | own
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-024
+# %% ../../nbs/phone/33a_web.ipynb #33a-029
 def site(
     domain: str,      # its address
     icon: str,        # one of `ui.ICONS`
@@ -296,11 +312,13 @@ def site(
 ):                    # class decorator
     "Register a web site; the class is called as the site is."
     def register(cls):
-        cls.domain, cls.name, cls.icon, cls.color, cls.slogan, cls.hint = domain, cls.__name__, icon, color, slogan, hint
+        cls.domain, cls.name, cls.icon, cls.color = domain, cls.__name__, icon, color
+        cls.slogan, cls.hint = slogan, hint
         SITES[domain] = cls()
         return cls
     return register
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-030
 def page_of(
     domain: str, # of a site
     *of,         # name of the page and its arguments, JSON
@@ -310,7 +328,7 @@ def page_of(
     query = {"query": of[1]} if of[0] == "search" else {}
     return {"kind": "web", "site": domain, "of": list(of), **query, **options}
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-027
+# %% ../../nbs/phone/33a_web.ipynb #33a-033
 def heading(
     text: str, # of what follows
 ) -> ui.Node:
@@ -323,6 +341,7 @@ def paragraph(
     "A paragraph."
     return ui.text(text, 42, lines=14, width="fill")
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-034
 def link_row(
     title: str,          # first line
     on: tuple,           # event of a tap
@@ -338,7 +357,7 @@ def link_row(
     return ui.row(picture, words, trail or ui.icon("right", 44, ui.MUTED), on=on, role=role, pad=(20, 24), gap=28,
                   bg=ui.WHITE, radius=24, border=(2, ui.LINE), desc=title)
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-028
+# %% ../../nbs/phone/33a_web.ipynb #33a-035
 def fact_table(
     rows, # (label, value, event of a tap or None) of each
 ) -> ui.Node:
@@ -349,6 +368,7 @@ def fact_table(
                       pad=(20, 28), gap=20, align="start", bg=ui.SURFACE)
     return ui.column(*[line(*r) for r in rows], radius=24, bg=ui.SURFACE, pad=(12, 0))
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-036
 def options(
     labels,             # texts of the options
     chosen,             # the one that holds, or a list of several
@@ -365,7 +385,7 @@ def options(
         room -= wide + 20
     return [ui.row(*r, gap=20) for r in rows[1:]]
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-031
+# %% ../../nbs/phone/33a_web.ipynb #33a-039
 def web_view(
     page: dict,  # on show, from `page_of`
     state: dict, # of the browser
@@ -384,21 +404,25 @@ def _page(own, page, state, ep):
 def _body(own, page, state, ep):
     name, *args = page["of"]
     parts = getattr(own, "page_" + name.replace(" ", "_"))(state, ep, *args)
-    foot = ui.text(f"{own.name}: {own.slogan.lower()}. Imprint, privacy, contact", 36, ui.MUTED, lines=2, width="fill", pad=(60, 0, 0, 0))
+    foot = ui.text(f"{own.name}: {own.slogan.lower()}. Imprint, privacy, contact", 36, ui.MUTED, lines=2,
+                   width="fill", pad=(60, 0, 0, 0))
     column = ui.column(*parts, foot, ui.spacer(80), pad=(28, ep.shift((48, 40, 56), "web margin")), gap=24)
     return ui.scroll(column, "page", page.get("scroll", 0), bg=ui.PAPER)
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-032
+# %% ../../nbs/phone/33a_web.ipynb #33a-040
 def _header(own, page, state):
     "The site's name and its search; nothing but the search while one types."
     if state["focus"] == "search":
-        return ui.row(ui.icon_button("back", ("unfocus",), color=ui.WHITE, role="back button"), search_field(state, own.hint),
+        return ui.row(ui.icon_button("back", ("unfocus",), color=ui.WHITE, role="back button"),
+                      search_field(state, own.hint),
                       bg=own.color, pad=(16, 24), gap=8)
     mark = ui.row(ui.icon(own.icon, 64, ui.WHITE), ui.text(own.name, 60, ui.WHITE, bold=True), on=("go", own.domain),
                   role="site logo", gap=24, pad=(12, 0), width="wrap")
     find = ui.icon_button("search", ("focus", "search"), color=ui.WHITE, role="search icon")
-    return ui.row(mark, ui.spacer(), find if own.hint and page["of"][0] != "home" else None, bg=own.color, pad=(16, 40), height=144)
+    return ui.row(mark, ui.spacer(), find if own.hint and page["of"][0] != "home" else None, bg=own.color,
+                  pad=(16, 40), height=144)
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-041
 def proposals(
     own: Site, # that is searched
     text: str, # typed so far
@@ -406,15 +430,17 @@ def proposals(
 ) -> ui.Node:
     "What a site proposes while one types into its search."
     def line(icon, label, on):
-        return ui.row(ui.icon(icon, 48, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="suggestion", pad=(32, 40),
+        return ui.row(ui.icon(icon, 48, ui.MUTED), ui.text(label, 44, width="fill"), on=on, role="suggestion",
+                      pad=(32, 40),
                       gap=32, bg=ui.WHITE)
     if not text.strip(): return ui.column(height="fill", bg=ui.WHITE)
     begun = [of for of in own.samples() if normal(own.title(*of)).startswith(normal(text))]
-    found = [(own.title(*of), of) for of in begun] or [(h.title, h.of) for h in own.hits(ep, terms(text)) if h.weight > .4]
+    found = [(own.title(*of), of) for of in begun] or [(h.title, h.of) for h in own.hits(ep, terms(text))
+                                                       if h.weight > .4]
     rows = [line(own.icon, title, ("visit", own.domain, *of)) for title, of in found[:3]]
     return ui.column(line("search", text, ("find", own.domain, text)), *rows, height="fill", bg=ui.WHITE)
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-033
+# %% ../../nbs/phone/33a_web.ipynb #33a-042
 def found_rows(
     own: Site, # that was searched
     hits,      # of `Hit`
@@ -429,7 +455,7 @@ def page_search(self:Site, state, ep, query): # of every site that has a search
     hits = self.hits(ep, terms(query))
     return [ui.text(f"Results for “{query}”", 52, bold=True, lines=2, width="fill"), *found_rows(self, hits)]
 
-# %% ../../nbs/phone/33a_web.ipynb #33a-036
+# %% ../../nbs/phone/33a_web.ipynb #33a-045
 @lru_cache(1024)
 def lookup(
     ep,           # the `Episode`
@@ -452,6 +478,7 @@ def answered(
     asked = ((s.answer(ep, terms(query)), d) for d, s in SITES.items())
     return next(((*a, d) for a, d in asked if a), None)
 
+# %% ../../nbs/phone/33a_web.ipynb #33a-046
 def web_address(
     text: str, # as typed into the address bar
 ) -> str:      # the domain, or ""
