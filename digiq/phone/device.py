@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..core import derive_seed
 from ..env import Unsupported, check_key, check_point
-from . import across, browser, calculator, calendar, camera, clock, contacts, dialler, files, mail, maps, messages, music, news, notes, settings, store, system, system_tasks, ui, videos, weather # apps enter themselves into APPS
+from . import across, browser, calculator, calendar, camera, clock, contacts, dialler, files, mail, maps, messages, music, news, notes, searches, settings, store, system, system_tasks, ui, videos, weather # apps enter themselves into APPS
 from .apps import APPS, ICONS, MORE, Episode, find_app
 from .templates import Kind, beginning, contents, kind_of
 from .world import Dynamics, normal
