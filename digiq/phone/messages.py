@@ -17,7 +17,7 @@ from .contacts import (by_name, contact_row, digits, find, first_number, menu_di
                                   other_contact, search_bar, some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
-from .templates import ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template
+from .templates import ANY, Template, changed, fill, go, gone, launch, look_up, new, showing, tap, template
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-006
 TALKS = {
@@ -322,10 +322,10 @@ class TextNumber(Template):
     def fill(self, rng, data): return {"number": some_number(rng), "text": rng.choice(TEXTS)}
     def wanted(self, data, f): return message_sent(data, f.number, f.text)
     def moves(self, phone, f):
-        own = phone.now["apps"].get("messages")
-        if own and own["stack"][-1]["page"] == "new":
-            return fill(phone, "to", f.number) or write_to(phone, f.number, f.text)
-        if own and own["stack"][-1]["page"] == "start": return write_to(phone, f.number, f.text)
+        if move := launch(phone, "messages"): return move
+        page = phone.now["apps"]["messages"]["stack"][-1]["page"]
+        if page == "new": return fill(phone, "to", f.number) or write_to(phone, f.number, f.text)
+        if page == "start": return write_to(phone, f.number, f.text)
         return go(phone, "messages", "new") or write_to(phone, f.number, f.text)
     def misses(self, data, f):
         return {"another number": {"number": f.number[:-1] + str((int(f.number[-1]) + 1) % 10)},
