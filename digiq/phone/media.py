@@ -99,8 +99,6 @@ def _scene(look, seed, w, h):
     return im.reduce(2)
 
 # %% ../../nbs/phone/32c_media.ipynb #32c-015
-ui.KINDS["scene"] = ("leaf", "widget.ImageView")
-
 def scene(
     look: str,         # one of `SCENES`
     seed: int,         # decides the colours and which way it looks
@@ -112,12 +110,11 @@ def scene(
     if look not in SCENES: raise KeyError(f"no scene named {look!r}; there are: {' '.join(SCENES)}")
     return ui.node("scene", desc=look, seed=seed, width=width, height=height, **style)
 
+@ui.leaf("scene", "widget.ImageView")
 def _paint_scene(im, n, x, y, w, h, s):
     art = _scene(n.desc, n.seed % 12, max(4, round(w * s)), max(4, round(h * s)))
     mask = ui._mask(*art.size, round(n.radius * s)) if n.radius else None
     ui._put(im, art, round(x * s), round(y * s), mask)
-
-ui._LEAVES["scene"] = _paint_scene
 
 # %% ../../nbs/phone/32c_media.ipynb #32c-021
 def grid(

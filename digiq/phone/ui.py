@@ -7,8 +7,8 @@ __all__ = ['SIZE', 'INK', 'MUTED', 'LINE', 'PAPER', 'SURFACE', 'WHITE', 'BLUE', 
            'OUTLINES', 'KEYBOARD', 'keep_blocks', 'rgb', 'mix', 'on_color', 'Node', 'row', 'column', 'stack', 'scroll',
            'text', 'spacer', 'divider', 'skeleton', 'spinner', 'scrim', 'picture', 'font', 'text_width', 'wrap',
            'measure', 'arrange', 'Placed', 'layout', 'hit', 'scroll_at', 'Element', 'words', 'elements', 'find', 'dump',
-           'paint', 'icon', 'button', 'icon_button', 'field', 'badge', 'chip', 'stars', 'app_icon', 'close_x', 'dialog',
-           'sheet', 'keyboard', 'status_bar', 'screen', 'overlay']
+           'paint', 'leaf', 'icon', 'button', 'icon_button', 'field', 'badge', 'chip', 'stars', 'app_icon', 'close_x',
+           'dialog', 'sheet', 'keyboard', 'status_bar', 'screen', 'overlay']
 
 # %% ../../nbs/phone/30_ui.ipynb #10-002
 import random
@@ -624,6 +624,17 @@ def paint(
     im = Image.new("RGB", (round(SIZE[0] * scale), round(SIZE[1] * scale)), rgb(PAPER))
     _draw(im, root, 0, 0, *SIZE, scale)
     return im
+
+# %% ../../nbs/phone/30_ui.ipynb #30-092
+def leaf(
+    kind: str,                  # a new one, for `node`
+    widget: str = "view.View",  # Android class that it reports, without "android."
+):                              # decorator of a function (picture, node, x, y, width, height, pixels per logical px)
+    "Register a kind of leaf by what draws it; place and size are in logical px."
+    def register(paint_leaf):
+        KINDS[kind], _LEAVES[kind] = ("leaf", widget), paint_leaf
+        return paint_leaf
+    return register
 
 # %% ../../nbs/phone/30_ui.ipynb #10-039
 ICONS = {

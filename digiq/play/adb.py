@@ -7,7 +7,7 @@ __all__ = ['LINKS', 'FAULTS', 'PROSE', 'NOISE', 'FAILED', 'MARK', 'PERMISSION', 
            'DUMPS', 'HOLD', 'OTHER_NAMES', 'ADB_KEYBOARD', 'PIECE', 'IME', 'CHROME', 'NOTE', 'explain', 'list_phones',
            'find_devices', 'AdbSettings', 'OutOfTime', 'LimitedClient', 'Unreachable', 'AdbDevice', 'Refused',
            'complaint', 'with_status', 'read_status', 'read_picture', 'read_rotation', 'is_blank', 'find_package',
-           'ask_phone']
+           'begin_episode', 'ask_phone']
 
 # %% ../../nbs/play/45_adb.ipynb #21-002
 import base64, io, json, math, re, shlex, socket, struct, subprocess, threading, time, zlib
@@ -574,9 +574,21 @@ def _reset(self:AdbDevice, task, seed):
         self.shell("am", "set-debug-app", "--persistent", CHROME, repeat=True)
     for package in self.cfg.packages: self._empty(package)
     self.shell("input", "keyevent", "KEYCODE_HOME", repeat=True)
-    self.shell("setprop", "debug.digiq.episode", f"{seed}:{getattr(task, 'site', '')}", check=False, repeat=True)
+    begin_episode(self, task, seed)
     if is_blank(self.screenshot()):
         raise DeviceError(f"{self.serial}: the screen stays blank: unlock the phone by hand")
+
+# %% ../../nbs/play/45_adb.ipynb #21-032-3
+def begin_episode(
+    device:AdbDevice, # any phone over adb
+    task,             # a `Task`; None for nothing
+    seed:int,         # of the episode
+):
+    "Begin an episode where the phone is a built-in one; others have no such thing."
+    if device.shell("getprop", "ro.product.brand", repeat=True).strip() != "digiq": return
+    device.shell("cmd", "digiq", "begin", str(seed), *([_told(task)] if task else []), repeat=True)
+
+def _told(task): return base64.b64encode(json.dumps(vars(task)).encode()).decode() # as `cmd digiq` takes it
 
 # %% ../../nbs/play/45_adb.ipynb #21-036
 def ask_phone(
@@ -586,7 +598,6 @@ def ask_phone(
     device:AdbDevice, # a built-in phone over adb
 ) -> float: # 1.0 or 0.0
     "The `Evaluator` for built-in phones over adb."
-    told = base64.b64encode(json.dumps(vars(task)).encode()).decode()
-    said = device.shell("cmd", "digiq", "judge", told, repeat=True).strip().rpartition("\n")[2]
+    said = device.shell("cmd", "digiq", "judge", _told(task), repeat=True).strip().rpartition("\n")[2]
     if said not in ("0.0", "1.0"): raise DeviceError(f"{device.serial}: said {said[:40]!r} of its reward")
     return float(said)

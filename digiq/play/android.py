@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..core import DigiqError
 from ..phone import SimPhone
-from ..phone.apps import APPS, ICONS
+from ..phone.apps import APPS, ICONS, MORE
 from ..phone.ui import SIZE
 from ..tasks import Task
 
@@ -74,7 +74,7 @@ def parse_line(
 # %% ../../nbs/play/43_android.ipynb #20-011
 # input methods; the first one is what a user has
 KEYBOARDS = ("com.android.inputmethod.latin/.LatinIME", "com.android.adbkeyboard/.AdbIME")
-PACKAGES = {name: f"com.android.{name}" for name in ICONS} # app: package
+PACKAGES = {name: f"com.android.{name}" for name in ICONS | MORE} # app: package
 PACKAGES |= {"browser": "com.android.chrome", "launcher": "com.android.launcher3"}
 COMMANDS = {}
 @dataclass(frozen=True)
@@ -592,23 +592,17 @@ def _uiautomator(android, words):
     android.write(path, re.sub(r'bounds="[^"]*"', scaled, tree).encode())
     return f"UI hierchary dumped to: {path}\n" # Android's own spelling
 
-# %% ../../nbs/play/43_android.ipynb #20-035
-@command("setprop")
-def _setprop(android, words):
-    if len(words) != 2 or len(words[1].encode(errors="surrogateescape")) > 91:
-        raise ShellError("setprop: a name and a value of at most 91 bytes")
-    if words[0] == "debug.digiq.episode":
-        seed, _, site = words[1].partition(":")
-        if not re.fullmatch(r"\d+", seed): raise ShellError("setprop: debug.digiq.episode is SEED:SITE")
-        android.phone.reset(Task("", "", 1, site, "", ""), int(seed))
-    android.properties[words[0]] = words[1]
-    return ""
-
 # %% ../../nbs/play/43_android.ipynb #20-035-1
 @command("cmd")
 def _cmd(android, words):
-    if words[:2] != ["digiq", "judge"]: raise ShellError(f"cmd: Can't find service: {words[0] if words else ''}", 20)
-    try: task = Task(**json.loads(base64.b64decode(words[2])))
-    except (IndexError, TypeError, ValueError):
-        raise ShellError("cmd: digiq judge takes a task as JSON in base64", 255) from None
-    return f"{android.phone.judge(task)}\n"
+    match words:
+        case ["digiq", "begin", seed, *told] if seed.isdecimal() and len(told) < 2:
+            android.phone.reset(_task(*told) if told else None, int(seed))
+            return ""
+        case ["digiq", "judge", told]: return f"{android.phone.judge(_task(told))}\n"
+        case ["digiq", *_]: raise ShellError("cmd: digiq begin SEED [TASK], or digiq judge TASK", 255)
+    raise ShellError(f"cmd: Can't find service: {words[0] if words else ''}", 20)
+
+def _task(told):
+    try: return Task(**json.loads(base64.b64decode(told)))
+    except (TypeError, ValueError): raise ShellError("cmd: a task is JSON in base64", 255) from None
