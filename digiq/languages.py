@@ -380,10 +380,11 @@ def render(self:Words,
 
 # %% ../nbs/01a_languages.ipynb #01a-w05
 POINT = r"\((\d(?:\.\d{1,4})?), (\d(?:\.\d{1,4})?)\)"
-SPOKEN = ((f"tap at {POINT}", actions.tap), (f"press long at {POINT}", actions.long_press),
-    (rf"swipe (?:\w+ )?from {POINT} to {POINT}", actions.swipe), (r"press (\w+)", actions.press), ("wait", actions.wait),
-    ("type(?: (.*))?", actions.type_text), ("open the app (.*)", actions.open_app), ("answer (.*)", actions.complete),
-    ("say that the task is complete", actions.complete), ("say that the task is impossible", actions.impossible))
+SPOKEN = ( # what is said, and what it means
+    (f"tap at {POINT}", actions.tap), (f"press long at {POINT}", actions.long_press),
+    (rf"swipe (?:\w+ )?from {POINT} to {POINT}", actions.swipe), (r"press (\w+)", actions.press),
+    ("type(?: (.*))?", actions.type_text), ("open the app (.*)", actions.open_app), ("wait", actions.wait),
+    ("answer (.*)", actions.complete), ("say that the task is complete", actions.complete), ("say that the task is impossible", actions.impossible))
 
 @patch
 def parse(self:Words,

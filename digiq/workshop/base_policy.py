@@ -262,9 +262,9 @@ def join_tokens(
     vlm:VLM, # its tokenizer and its embeddings grow
     texts:list[str] # what always stands together
 ):
-    "Make a token of each text that is several"
+    "Make each text a token of its own"
     tok = vlm.processor.tokenizer
-    parts = {t: ids for t in texts if len(ids := tok(t, add_special_tokens=False)["input_ids"]) > 1}
+    parts = {t: tok(t, add_special_tokens=False)["input_ids"] for t in texts}
     tok.add_tokens([AddedToken(t, normalized=False) for t in parts])
     vlm.model.resize_token_embeddings(len(tok), mean_resizing=False)
     weight = vlm.model.get_input_embeddings().weight

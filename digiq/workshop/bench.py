@@ -295,9 +295,9 @@ def counted_cost(
     asked, seen = prompt("Search for red lamp on velmora.com", ""), policy.see([screen])
     actions = [A.render(A.tap(.5, .9*k/max(candidates))) for k in range(max(candidates))]
     read = policy.inputs([asked], seen)["input_ids"].shape[1]
-    written = len(policy.answer(policy.says(actions[0], policy.size(seen[0]))))
+    written = len(policy.answer(policy.says(actions[0], policy.size(seen[0])))) - 1 # what ends it is not read
     def flop(n):
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH): # counts all products
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH): # counts all
             policy.log_prob([asked]*n, seen[[0]*n], actions[:n])
         return counter.get_total_flops()
     return costs(read, written, flop, candidates)
@@ -321,8 +321,8 @@ def multiplied(
     found = dict(vision=0, language=0, head=0)
     for name, m in model.named_modules():
         if not re.match("Linear|Conv", type(m).__name__): continue
-        part = "head" if m is model.get_output_embeddings() else "vision" if "visi" in name or "visual" in name else "language"
-        found[part] += m.weight.numel()
+        inside = "vision" if re.search("vision|visual", name) else "language"
+        found["head" if m is model.get_output_embeddings() else inside] += m.weight.numel()
     return found
 
 # %% ../../nbs/workshop/83_bench.ipynb #66-c10
