@@ -132,7 +132,7 @@ def typed(self:App,
 def on_key(self:App, state, ep, key):
     field = state.get("focus")
     if key != "\b" or not field: return self.typed(state, key)
-    return {**state, "fields": {**state["fields"], field: state["fields"][field][:-1]}}
+    return {**state, "fields": {**state["fields"], field: state["fields"].get(field, "")[:-1]}}
 
 # %% ../../nbs/phone/32_apps.ipynb #32-017
 @patch
