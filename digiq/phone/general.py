@@ -228,6 +228,7 @@ def recorded(
         perform(phone, action)
     return script
 
+# %% ../../nbs/phone/36a_general.ipynb #36a-045
 def replayed(
     phone: SimPhone, # is reset
     task: Task,      # to be solved
@@ -257,6 +258,7 @@ def blind_scripts(
 HOSTILE = ("", " ", "0", "-1", "00:00", "1e9", "9" * 40, "½", "٣", "naïve 日本 🛒", "\u202eabc", "\n\t", "\x00", "{0} %s \\", "<b>&amp;",
            "'; --", "a" * 300, "a b " * 100)
 
+# %% ../../nbs/phone/36a_general.ipynb #36a-046
 def mischief(
     phone: SimPhone, # moves on
     task: Task,      # of the episode
