@@ -98,7 +98,7 @@ def answered(self:SimPhone, after, name, what, *parts): # the state in which ano
     app, own = phone.own()
     return phone.with_own(app.asked(own, phone.episode, what, *parts))
 
-# %% ../../nbs/phone/35_device.ipynb #35-033
+# %% ../../nbs/phone/35_device.ipynb #35-over-2
 @patch
 def over(self:SimPhone, name, **more): # the state with a part of the system on top, and more in its view
     here, app = self.now["app"], find_app(name)

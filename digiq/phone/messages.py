@@ -15,8 +15,8 @@ from .contacts import (address_book, by_name, contact_row, digits, first_number,
                                   other_contact, some_number)
 from .everyday import NOW, clock_time, day_name, phone_of
 from .pages import PagedApp, added, at, edited, record, removed, sent, stored
-from .templates import (ANY, Template, beside, changed, fill, find, go, gone, look_up, new, once, showing,
-                                   tap, template)
+from .templates import (ANY, Template, beside, changed, fill, find, go, gone, launch, look_up, new, once,
+                                   showing, tap, template)
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-006
 TALKS = {
@@ -326,10 +326,11 @@ class TextNumber(Template):
     def fill(self, rng, data): return {"number": some_number(rng), "text": rng.choice(TEXTS)}
     def wanted(self, data, f): return message_sent(data, f.number, f.text)
     def moves(self, phone, f):
-        own = phone.now["apps"].get("messages")
-        page = own["stack"][-1]["page"] if own else ""
-        move = fill(phone, "to", f.number) if page == "new" else page != "start" and go(phone, "messages", "new")
-        return move or write_to(phone, f.number, f.text)
+        if move := launch(phone, "messages"): return move
+        page = phone.now["apps"]["messages"]["stack"][-1]["page"]
+        if page == "new": return fill(phone, "to", f.number) or write_to(phone, f.number, f.text)
+        if page == "start": return write_to(phone, f.number, f.text)
+        return go(phone, "messages", "new") or write_to(phone, f.number, f.text)
     def misses(self, data, f):
         return {"another number": {"number": near(f.number)}, "another text": {"text": _text(f.text)}}
 
