@@ -182,7 +182,12 @@ class Template(Kind):
         return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, phone.data))
 
     def judge(self, phone, task): return float(self.done(phone, beginning(task), filling(task)))
-    def move(self, phone, task): return self.moves(phone, filling(task)) or WAIT
+
+    def move(self, phone, task):
+        try: return self.moves(phone, filling(task)) or WAIT
+        except (LookupError, StopIteration, TypeError, ValueError):
+            if not changes(beginning(task), phone.data): raise
+            return WAIT # what it looks for is gone
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-023
 def template(

@@ -483,9 +483,7 @@ class DropHistory(Template):
         return {"title": video(v)["title"], "id": v}
     def wanted(self, data, f): return [value("play", "history", [v for v in data["play"]["history"] if v != f.id])]
     def moves(self, phone, f):
-        watched = phone.data["play"]["history"]
-        if f.id not in watched: return None
-        return go(phone, "play", "you", "history") or tap(phone, ("forget", watched.index(f.id)))
+        return go(phone, "play", "you", "history") or tap(phone, ("forget", phone.data["play"]["history"].index(f.id)))
     def misses(self, data, f):
         every = lambda phone, f: go(phone, "play", "you", "history") or tap(phone, ("ask", "clear"), ("clear history",))
         return {"all of it": every, "another one": {"id": next(v for v in data["play"]["history"] if v != f.id)}}

@@ -10,7 +10,6 @@ __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', '
            'plot_losses', 'write_card', 'ship_vlm', 'ship_policy', 'measure_policy']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -470,7 +469,6 @@ def ship_policy(
     out, (make, what) = Path(out), AGENTS[name]
     policy = make(out, seed)
     losses = teach(policy, cfg, seed, out/"training_states"/f"{name}.safetensors")
-    shutil.rmtree(out/name, ignore_errors=True)
     policy.model.half(); policy.save(out/name)
     habits = ", weak on purpose: it has the bad habits of the demonstrators it was cloned from."
     quality = dict(parameters=policy.model.num_parameters(), final_loss=float(np.mean(losses[-50:])))
