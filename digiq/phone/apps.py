@@ -75,6 +75,7 @@ def order(self:Episode,
 class App:
     "Base class of apps; `state` below stands for the app's own state."
     name, reads = "", ()  # `reads`: names of apps whose data it looks at
+    sees = False          # whether it is the system's own, and is handed the phone
 
     def data(self,
         rng,    # `random.Random`, which draws what is on the phone
@@ -82,6 +83,8 @@ class App:
     ) -> dict: # JSON; lists of records each with an "id", and single values
         "The data before an episode begins; {} for an app that keeps none."
         return {}
+
+    def furnished(self, data): return data # the data on a phone with contents
 
     def start(self,
         ep:Episode, # the episode

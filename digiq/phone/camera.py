@@ -18,11 +18,14 @@ from .templates import value
 
 # %% ../../nbs/phone/34n_camera.ipynb #34n-006
 NIGHT = "#16181b" # behind the viewfinder
+
 THINGS = [s for s in SCENES if s not in ("portrait", "rings", "waves", "stripes", "dots", "peaks",
                                          "moon")] # what can be seen
+
 ALBUMS = ("Holidays", "Family", "Garden", "Trips", "Recipes", "Inspiration", "School", "Old house", "Weekend",
           "Wallpapers", "Work", "Printing")
 
+# %% ../../nbs/phone/34n_camera.ipynb #8ba1e96b
 def shot(
     look: str,     # one of `SCENES`
     seed: int,     # of the scene
@@ -37,6 +40,7 @@ def shot(
     return dict(look=look, seed=seed, kind=kind, place=place, how=how, day=day, time=time, album=0, favourite=False,
                 deleted=False) | more
 
+# %% ../../nbs/phone/34n_camera.ipynb #f5a6c4fe
 def on_show(
     data: dict, # of the gallery
     **has,      # what the pictures have
@@ -63,6 +67,12 @@ def thumb(
 FLASH, TIMER, QUALITY = ("off", "on", "auto"), ("off", "3 s", "10 s"), ("720p", "1080p", "4K")
 OPTIONS = {"flash": ("Flash", FLASH), "timer": ("Self-timer", TIMER), "quality": ("Video quality", QUALITY)}
 
+def _closed(): # what is seen by a camera that must not see
+    words = "The camera is not allowed to take pictures", "Tap the shutter to change that"
+    lines = [ui.text(w, design.BODY if i == 0 else design.SMALL, "#c8ccd0") for i, w in enumerate(words)]
+    dark = ui.icon("camera", 160, "#80868b")
+    return ui.column(ui.spacer(560), dark, ui.spacer(60), *lines, align="center", gap=12, height=1380)
+
 class _Viewfinder(PagedApp):
     "What the camera shows."
     def frame_(self, state):
@@ -74,6 +84,7 @@ class _Viewfinder(PagedApp):
         note = ui.row(ui.column(width=24, height=24, radius=12, bg="#ff3b30"), ui.text("0:07", 40, ui.WHITE),
                       width="wrap", gap=16, pad=(12, 28),
                       bg="#3a3d40", radius=36, place=(.03, .5)) if f["recording"] else None
+        if "camera" in state.get("refused", ()): return _closed()
         return ui.stack(scene(look, d["seed"], 1080, 1380), *lines, note, width=1080, height=1380)
 
     def view(self, state, ep):
@@ -228,12 +239,10 @@ class _PictureEvents(_Details):
                                                     favourite=not record(state, "pictures", id)["favourite"])
 
     def ask_delete(self, state, ep, id):
-        return design.dialog("Move it to the bin?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))],
-                             color=self.color)
+        return design.confirm("Move it to the bin?", "Delete", ("delete", id), self.color)
 
     def ask_erase(self, state, ep, id):
-        return design.dialog("Delete it for ever?", buttons=[("Cancel", ("dismiss",)), ("Delete", ("erase", id))],
-                             color=self.color)
+        return design.confirm("Delete it for ever?", "Delete", ("erase", id), self.color)
 
     def ask_album(self, state, ep, id):
         names, p = {a["id"]: a["name"] for a in state["data"]["albums"]}, record(state, "pictures", id)
@@ -344,6 +353,7 @@ def arrange(
                                                                         ("set", key, option))
     return move
 
+# %% ../../nbs/phone/34n_camera.ipynb #38c16fce
 def _settings(data, **options): # of `Change`: what is set to another value
     return [value("camera", k, o) for k, o in options.items() if data["camera"][k] != o]
 
@@ -409,6 +419,7 @@ def open_picture(
     "Open a picture from the first page and tap something."
     return go(phone, "gallery", ("picture", id)) or tap(phone, *events)
 
+# %% ../../nbs/phone/34n_camera.ipynb #c8016564
 def _one(rng, data, deleted=False, **has): # of a filling: a picture
     found = [p for p in data["gallery"]["pictures"] if p["deleted"] == deleted
              and all(p[k] == v for k, v in has.items())]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TITLE', 'HEAD', 'BODY', 'SMALL', 'EDGE', 'BAR', 'list_row', 'switch', 'switch_row', 'stepper_row', 'section', 'card',
-           'avatar', 'choices', 'empty', 'form_field', 'search_field', 'dialog', 'options_dialog', 'Page', 'top_bar',
+           'avatar', 'choices', 'empty', 'centred', 'round_button', 'form_field', 'search_field', 'search_bar',
+           'text_area', 'dialog', 'options_dialog', 'menu_dialog', 'confirm', 'notice', 'Page', 'top_bar',
            'bottom_tabs', 'frame']
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-003
@@ -157,6 +158,29 @@ def empty(
     words = ui.text(text, BODY, MUTED, lines=2)
     return ui.column(ui.icon(icon, 200, LINE), words, gap=40, align="center", pad=(320, EDGE, 0, EDGE))
 
+# %% ../../nbs/phone/30a_design.ipynb #476779e3
+def centred(
+    *nodes, # side by side
+    **style, # fields of `ui.Node`
+) -> ui.Node:
+    "Nodes in the middle of a line."
+    return ui.row(ui.spacer(), *nodes, ui.spacer(), **{"pad": (8, EDGE), "gap": 32, **style})
+
+# %% ../../nbs/phone/30a_design.ipynb #c2d2e90e
+def round_button(
+    label: str, # under it
+    icon: str,  # in it
+    on: tuple,  # event of a tap
+    color: str, # of the app
+    full: bool = False, # whether the disc has the full colour
+) -> ui.Node:
+    "A disc with a symbol and a label."
+    bg = color if full else mix(color, WHITE, .85)
+    disc = ui.row(ui.spacer(), ui.icon(icon, 64, WHITE if full else color), ui.spacer(), width=136, height=136,
+                  radius=68, bg=bg)
+    return ui.column(disc, ui.text(label, SMALL, color), gap=12, align="center", width=196, on=on,
+                     role=f"{label.lower()} button")
+
 # %% ../../nbs/phone/30a_design.ipynb #30a-025
 def form_field(
     state: dict,      # of the app
@@ -179,6 +203,35 @@ def search_field(
     box = ui.field(state["fields"].get(name, ""), hint, state["focus"] == name, ("focus", name), ("clear", name),
                    id=name)
     return ui.column(box, pad=(12, EDGE))
+
+# %% ../../nbs/phone/30a_design.ipynb #0df92d37
+def search_bar(
+    hint: str, # what it says
+) -> ui.Node:
+    "What looks like a search field and opens the page `search`."
+    inner = ui.icon("search", 56, MUTED), ui.text(hint, BODY, MUTED, width="fill")
+    bar = ui.row(*inner, on=("open", "search"), role="search box", bg=SURFACE, radius=64, height=128, pad=(0, 40),
+                 gap=32)
+    return ui.column(bar, pad=(12, EDGE))
+
+# %% ../../nbs/phone/30a_design.ipynb #f50dbf2a
+def text_area(
+    state: dict,  # of the app
+    name: str,    # of the field
+    hint: str,    # shown while it is empty
+) -> ui.Node:
+    "A field of several lines."
+    held, here = state["fields"].get(name, ""), state["focus"] == name
+    caret = ui.node("space", width=8, height=56, bg=ui.BLUE) if here else None
+    words = ui.column(ui.text(held or hint, BODY, INK if held else MUTED, lines=10),
+                      caret if held else None)
+    clear = ui.icon_button("close", ("clear", name), 44, "clear button", MUTED, desc="Clear") if held else None
+    inner = tuple(c for c in (None if held else caret, words, clear) if c)
+    look = dict(bg="#dfeaff", border=(8, ui.BLUE)) if here else dict(bg=SURFACE)
+    box = ui.node("field", inner, text=held or hint, role=f"{hint.lower()} field", id=name, on=("focus", name),
+                  focused=here, width="fill", align="start",
+                  pad=(32, 28, 32, 36), gap=12, radius=28, **look)
+    return ui.column(ui.text(hint, SMALL, MUTED), box, gap=8, pad=(12, EDGE))
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-027
 def dialog(
@@ -206,6 +259,39 @@ def options_dialog(
         dot = ui.row(ui.spacer(), full, ui.spacer(), **ring)
         return ui.row(dot, ui.text(str(o), BODY), on=(*on, o), role="option", pad=(24, 0), gap=36, bg=WHITE)
     return dialog(title, *[line(o) for o in options], buttons=[("Cancel", ("dismiss",))], color=color)
+
+# %% ../../nbs/phone/30a_design.ipynb #354333df
+def menu_dialog(
+    title: str, # above
+    rows,       # (label, icon, event), None is skipped
+    color: str, # of the app
+) -> ui.Node:
+    "A list of things to do."
+    line = lambda label, icon, on: ui.row(ui.icon(icon, 56, MUTED), ui.text(label, BODY), on=on,
+                                          role="menu item", pad=(28, 0), gap=36, bg=WHITE)
+    return dialog(title, *[line(*r) for r in rows if r], buttons=[("Cancel", ("dismiss",))], color=color)
+
+# %% ../../nbs/phone/30a_design.ipynb #d15b4882
+def confirm(
+    title: str,     # the question
+    label: str,     # of the button that says yes
+    on: tuple,      # event of that button
+    color: str,     # of the app
+    note: str = "", # what follows from it
+) -> ui.Node:
+    "A question before something is done."
+    words = ui.text(note, BODY, MUTED, lines=2) if note else None
+    return dialog(title, words, buttons=[("Cancel", ("dismiss",)), (label, on)], color=color)
+
+# %% ../../nbs/phone/30a_design.ipynb #09b439e1
+def notice(
+    title: str,     # what is the matter
+    color: str,     # of the app
+    note: str = "", # what can be done about it
+) -> ui.Node:
+    "Something that is only to be read."
+    words = ui.text(note, BODY, MUTED, lines=2) if note else None
+    return dialog(title, words, buttons=[("OK", ("dismiss",))], color=color)
 
 # %% ../../nbs/phone/30a_design.ipynb #30a-030
 class Page(NamedTuple):

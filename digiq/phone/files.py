@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['SORTS', 'ENDINGS', 'KINDS_OF', 'TOP', 'NAMES', 'INNER', 'SIZE_OF', 'size_text', 'kind_of_file', 'inside', 'in_order',
-           'file_row', 'Listing', 'Browse', 'Overviews', 'FileSearch', 'FilePage', 'FileEvents', 'Moving', 'Targets',
-           'FolderForms', 'FolderRemoval', 'Files', 'way', 'to_file', 'a_file', 'RenameFile', 'MoveFile', 'CopyFile',
-           'DeleteFile', 'StarFile', 'FindFile', 'MakeFolder', 'RenameFolder', 'DeleteFolder', 'SortFolder',
-           'of_folder', 'a_folder', 'DeleteLargest', 'MoveNewest', 'NoteLargest', 'NoteNewest']
+           'file_row', 'Files', 'way', 'to_file', 'a_file', 'RenameFile', 'MoveFile', 'CopyFile', 'DeleteFile',
+           'StarFile', 'FindFile', 'MakeFolder', 'RenameFolder', 'DeleteFolder', 'SortFolder', 'of_folder', 'a_folder',
+           'DeleteLargest', 'MoveNewest', 'NoteLargest', 'NoteNewest']
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-003
 from . import design, ui
 from .apps import app
 from .everyday import day_name
-from .notes import once, was_on
 from .pages import PagedApp, added, edited, record, removed, sent, stored
-from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template)
+from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, showing, tap, template,
+                                   was_on)
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-006
 ui.ICONS |= {"file": "l 6 2 14 2 19 7 19 22 6 22 6 2;l 14 2 14 7 19 7",
@@ -43,6 +42,7 @@ def kind_of_file(
     "What a file is, by its ending."
     return ENDINGS.get(name.rpartition(".")[2].lower(), "Document")
 
+# %% ../../nbs/phone/34k_files.ipynb #74eca175
 def inside(
     data: dict, # of the app
     id: int,    # of a folder
@@ -62,6 +62,7 @@ def in_order(
     keys = {"Name": lambda f: f["name"].lower(), "Size": lambda f: -f["size"], "Date": lambda f: f["days"]}
     return sorted(files, key=keys[sort])
 
+# %% ../../nbs/phone/34k_files.ipynb #8b562805
 def file_row(
     f: dict, # record
 ) -> ui.Node:
@@ -78,7 +79,7 @@ def _tile(icon):
     return ui.row(ui.spacer(), ui.icon(icon, 56, "#2f7de1"), ui.spacer(), width=104, height=104, radius=24,
                   bg="#e3eefc")
 
-class Listing(PagedApp):
+class _Listing(PagedApp):
     "What is in a folder."
     def _in(self, state, id):
         sort = state["fields"].get("sort", "Name")
@@ -97,7 +98,7 @@ def _bar(used, color, whole=4_000_000, width=880):
     wide = min(width, max(24, width * used // whole // 4 * 4))
     return ui.row(ui.column(width=wide, height=24, radius=12, bg=color), width=width, height=24, radius=12, bg=ui.LINE)
 
-class Browse(Listing):
+class _Browse(_Listing):
     "The storage and the folders."
     def page_home(self, state, ep):
         used = sum(f["size"] for f in state["data"]["files"])
@@ -117,7 +118,7 @@ class Browse(Listing):
 # %% ../../nbs/phone/34k_files.ipynb #34k-014
 def _plural(kind): return kind if kind == "Audio" else kind + "s"
 
-class Overviews(PagedApp):
+class _Overviews(PagedApp):
     "Recent files, storage by kind, search."
     def ask_sort(self, state, ep):
         return design.options_dialog("Sort by", SORTS, state["fields"].get("sort", "Name"), ("sort",), self.color)
@@ -144,7 +145,7 @@ class Overviews(PagedApp):
                            (("sort", ("ask", "sort"), "sort button"),))
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-015
-class FileSearch(PagedApp):
+class _FileSearch(PagedApp):
     "Files and folders whose names hold what was typed."
     def fields_search(self, state, ep): return {"find": ""}
 
@@ -159,7 +160,7 @@ class FileSearch(PagedApp):
                            [design.search_field(state, "find", "Search files"), *((folders + files) or none)])
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-017
-class FilePage(PagedApp):
+class _FilePage(PagedApp):
     "Details of a file."
     def page_file(self, state, ep, id):
         f = record(state, "files", id)
@@ -183,16 +184,15 @@ class FilePage(PagedApp):
     def name_of(self, state, id): return record(state, "folders", id)["name"] if id else "Internal storage"
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-018
-class FileEvents(FilePage):
+class _FileEvents(_FilePage):
     "What can be done with a file."
     def on_star(self, state, ep, id):
         return edited(state, "files", id, starred=not record(state, "files", id)["starred"])
     def on_delete(self, state, ep, id): return self.closed(removed(state, "files", id))
 
     def ask_delete(self, state, ep, id):
-        note = ui.text(record(state, "files", id)["name"], design.BODY, ui.MUTED, lines=2)
-        return design.dialog("Delete this file?", note, buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))],
-                             color=self.color)
+        name = record(state, "files", id)["name"]
+        return design.confirm("Delete this file?", "Delete", ("delete", id), self.color, name)
 
     def ask_share(self, state, ep, id):
         name = record(state, "files", id)["name"]
@@ -204,7 +204,7 @@ class FileEvents(FilePage):
     def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-019
-class Moving(PagedApp):
+class _Moving(PagedApp):
     "Renaming, moving and copying a file."
     def _taken(self, state, folder, name, but=0):
         return any(f["folder"] == folder and f["id"] != but and f["name"].lower() == name.lower()
@@ -226,7 +226,7 @@ class Moving(PagedApp):
         return self.closed(edited(state, "files", id, name=name))
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-020
-class Targets(Moving):
+class _Targets(_Moving):
     "Where a file is moved or copied to."
     def _targets(self, state, title, event, here):
         folders = [(0, "Internal storage", "")] + [(f["id"], f["name"], self.name_of(state, f["parent"]))
@@ -251,7 +251,7 @@ class Targets(Moving):
                                  **{k: v for k, v in f.items() if k != "id"} | {"folder": folder, "starred": False}))
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-022
-class FolderForms(PagedApp):
+class _FolderForms(PagedApp):
     "New folders and new names of old ones."
     def fields_new_folder(self, state, ep, parent): return {"name": ""}
     def fields_rename_folder(self, state, ep, id): return {"name": record(state, "folders", id)["name"]}
@@ -278,12 +278,11 @@ class FolderForms(PagedApp):
         return self.closed(edited(state, "folders", id, name=name)) if name else self.on_ask(state, ep, "taken")
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-023
-class FolderRemoval(PagedApp):
+class _FolderRemoval(PagedApp):
     "A folder goes with all that is in it."
     def ask_delete_folder(self, state, ep, id):
-        note = ui.text("All that is in it is deleted, too.", design.BODY, ui.MUTED, lines=2)
-        return design.dialog("Delete this folder?", note,
-                             buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete folder", id))], color=self.color)
+        note = "All that is in it is deleted, too."
+        return design.confirm("Delete this folder?", "Delete", ("delete folder", id), self.color, note)
 
     def on_delete_folder(self, state, ep, id):
         lost, d = inside(state["data"], id), state["data"]
@@ -292,6 +291,7 @@ class FolderRemoval(PagedApp):
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-025
 TOP = "Documents Downloads Music Pictures Videos".split()
+
 NAMES = {  # top folder: names of files
     "Documents": """Lease.pdf Budget.xls Letter.txt Curriculum.pdf Insurance.pdf Recipe.txt Timetable.xls Manual.pdf
                     Invoice.pdf Contract.pdf Report.pdf Guestlist.xls""".split(),
@@ -301,15 +301,18 @@ NAMES = {  # top folder: names of files
     "Pictures": """Harbour.jpg Sunset.jpg Garden.jpg Portrait.png Bridge.jpg Lighthouse.jpg Poster.png Kitten.jpg
                    Snowfall.jpg""".split(),
     "Videos": "Birthday.mp4 Parade.mp4 Surfing.mp4 Workshop.mp4 Concert.mp4 Tutorial.mp4".split()}
+
+# %% ../../nbs/phone/34k_files.ipynb #63a36371
 INNER = {"Documents": "Bills Letters School Taxes".split(), "Downloads": "Old Installers Later".split(),
          "Music": "Live Practice".split(),
          "Pictures": "Holiday Family Screenshots".split(), "Videos": "Clips Drafts".split()}
+
 SIZE_OF = {"Document": (90, 6000), "Table": (40, 900), "Picture": (700, 9000), "Audio": (2000, 14000),
            "Video": (90_000, 620_000), "Archive": (9000, 80_000)}
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-026
 @app("files")
-class Files(Browse, Overviews, FileSearch, FileEvents, Targets, FolderForms, FolderRemoval):
+class Files(_Browse, _Overviews, _FileSearch, _FileEvents, _Targets, _FolderForms, _FolderRemoval):
     "The files of the phone."
     roots = (("home", "Browse", "folder"), ("recent", "Recent", "clock"), ("storage", "Storage", "storage"))
 
@@ -337,6 +340,7 @@ def way(
         id = next((f["parent"] for f in data["folders"] if f["id"] == id), 0)
     return found
 
+# %% ../../nbs/phone/34k_files.ipynb #f3cf4fa3
 def to_file(
     phone,   # a `SimPhone`, now
     id: int, # of a file
@@ -355,9 +359,6 @@ def a_file(
     "Any file in a folder."
     f = rng.choice(data["files"]["files"])
     return {**f, "where": look_up(data, "files", "folders", id=f["folder"])["name"]}
-
-# %% ../../nbs/phone/34k_files.ipynb #34k-045
-#| export
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-046
 @template("rename a file", "files", level=2, horizon=13)
@@ -461,9 +462,6 @@ class FindFile(Template):
         return {"another file": lambda phone, f, other=f.id % len(data["files"]["files"]) + 1: to_file(phone, other),
                 "only searched": lambda phone, f: go(phone, "files", "search") or fill(phone, "find", f.name)}
 
-# %% ../../nbs/phone/34k_files.ipynb #34k-059
-#| export
-
 # %% ../../nbs/phone/34k_files.ipynb #34k-060
 @template("make a folder", "files", level=2, horizon=12)
 class MakeFolder(Template):
@@ -557,6 +555,7 @@ def of_folder(
     "The files of a folder, the largest or the newest first."
     return in_order([f for f in data["files"]["files"] if f["folder"] == id], by)
 
+# %% ../../nbs/phone/34k_files.ipynb #4d23f2b4
 def a_folder(
     rng,    # draws
     data,   # of all apps

@@ -42,6 +42,7 @@ def song(
     return {"id": id, "title": title, "record": record_ + 1, "artist": record_ // 2 + 1, "by": ARTISTS[record_ // 2],
             "seconds": 130 + 37 * i % 170}
 
+# %% ../../nbs/phone/34o_music.ipynb #5c00cbe8
 def length(
     seconds: int, # of a song
 ) -> str:         # "3:05"
@@ -67,6 +68,7 @@ def sources(
     if kind in ("record", "artist"): return [s for s in SONGS if song(s)[kind] == int(id)]
     return sorted(SONGS, key=lambda s: song(s)["title"])
 
+# %% ../../nbs/phone/34o_music.ipynb #547c790b
 def song_row(
     id: int,           # of a song
     source: str,       # what it is played from
@@ -195,6 +197,7 @@ def menu_line(
     return ui.row(ui.icon(icon, 56, ui.MUTED), ui.text(label, design.BODY), on=on, role="option", pad=(24, 0), gap=36,
                   bg=ui.WHITE)
 
+# %% ../../nbs/phone/34o_music.ipynb #63916fd5
 class _SongMenu(_NowPlaying):
     "The menu of a song, and its way into a playlist."
     def ask_song(self, state, ep, id, playlist):
@@ -267,8 +270,8 @@ class _PlaylistEvents(_Playlists):
                            else added(state, "playlists", name=name, songs=[]))
 
     def ask_delete(self, state, ep, id):
-        return design.dialog(f"Delete “{record(state, 'playlists', id)['name']}”?",
-                             buttons=[("Cancel", ("dismiss",)), ("Delete", ("delete", id))], color=self.color)
+        name = record(state, "playlists", id)["name"]
+        return design.confirm(f"Delete “{name}”?", "Delete", ("delete", id), self.color)
 
     def on_delete(self, state, ep, id):
         return self.to(removed(state, "playlists", id), state["stack"][:1], opens=False)
@@ -359,6 +362,7 @@ NAMES = ("Morning Run", "Rainy Sunday", "Deep Work", "Kitchen Disco", "Long Driv
          "Commute", "Winter Walk", "Study Hall", "Campfire", "Road Trip", "Lazy Evening", "Spring Clean", "Train Ride",
          "Slow Dance")
 
+# %% ../../nbs/phone/34o_music.ipynb #adccbcfc
 @app("music")
 class Music(_Finding):
     "The library, the player, and what the owner made of them."
@@ -394,6 +398,7 @@ def in_menu(
     "Search for a song and tap in its menu."
     return find_song(phone, id, ("ask", "song", id, 0), *events)
 
+# %% ../../nbs/phone/34o_music.ipynb #7bbe3e29
 def find_page(
     phone,       # a `SimPhone`
     text: str,   # to search for

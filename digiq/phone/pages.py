@@ -94,6 +94,9 @@ class PagedApp(Forms):
 
     def on_send(self, state, ep, app, what, *parts): return sent(state, app, what, *parts)
 
+    def asked_open(self, state, ep, page, *of): # an intent: a notification about a page is tapped
+        return self.on_tab(state, ep, page) if page in [r[0] for r in self.roots] else self.jump(state, ep, page, *of)
+
     def asked(self, state, ep, what, *parts):
         handle = getattr(self, "asked_" + what.replace(" ", "_"), None)
         return handle(state, ep, *parts) if handle else state

@@ -6,7 +6,7 @@
 __all__ = ['PER_PAGE', 'SORTS', 'AD_TINT', 'SHOP_PAGES', 'organic', 'ads', 'entries', 'product_node', 'product_list',
            'search_field', 'header', 'shop_suggestions', 'shop_page', 'plural', 'home_body', 'results_body',
            'product_of', 'product_body', 'cart_body', 'sign_in_body', 'categories_body', 'consent_sheet', 'invitation',
-           'asks_consent', 'shop_view']
+           'asks_consent', 'shop_view', 'covered']
 
 # %% ../../nbs/phone/33_shops.ipynb #11b-003
 from functools import lru_cache
@@ -318,8 +318,9 @@ def invitation(
 ) -> "ui.Node":
     "An advertisement of the shop for itself."
     side = (0, 1) if shop["close"] == "right" else (0, 0)
-    if app: head, label, glyph = "Shop faster in our app", "Get the app", "heart"
-    else: head, label, glyph = "10% off your first order", "Sign me up", "mail"
+    heads = shop.get("heads", ("Shop faster in our app", "10% off your first order")) # other sites say something else
+    if app: head, label, glyph = heads[0], "Get the app", "heart"
+    else: head, label, glyph = heads[1], "Sign me up", "mail"
     art = ui.column(ui.spacer("fill"), ui.icon(glyph, 200, "#ffffff"), ui.spacer("fill"), width="fill", height=440,
                     align="center", bg=shop["color"])
     words = ui.column(ui.text(head, 56, bold=True), ui.text(f"Join a million friends of {shop['name']}.", 40, ui.MUTED),
@@ -345,9 +346,18 @@ def shop_view(
 ) -> "ui.Node":
     "A shop's page below the address bar."
     shop = ep.world["shops"][page["site"]]
-    content = _shop_content(shop, page, state, ep)
-    if page.get("popup"): cover = invitation(shop, page["popup"] == "app")
-    elif asks_consent(state, page, ep): cover = consent_sheet(shop, state["settings"])
+    return covered(_shop_content(shop, page, state, ep), shop, page, state, ep)
+
+def covered(
+    content,    # the page alone
+    look:dict,  # of the shop, or of another site
+    page:dict,  # on show
+    state:dict, # of the browser
+    ep:Episode, # the episode
+) -> "ui.Node":
+    "A page with what covers it: an invitation, else the question for consent."
+    if page.get("popup"): cover = invitation(look, page["popup"] == "app")
+    elif asks_consent(state, page, ep): cover = consent_sheet(look, state["settings"])
     else: return content
     return ui.stack(content, ui.scrim(), cover, width="fill", height="fill")
 

@@ -20,13 +20,17 @@ from .templates import Template, changed, fill, go, look_up, showing, tap, templ
 # %% ../../nbs/phone/34q_store.ipynb #34q-006
 ui.ICONS |= {"dice": "l 4 4 20 4 20 20 4 20 4 4;d 7 7 10 10;d 14 7 17 10;d 7 14 10 17;d 14 14 17 17",
              "cup": "p 4 5 17 5 16 19 5 19;l 17 8 21 8 21 14 16 14"}
+
 CATEGORIES = {"Games": ("dice", "#7b3fa0"), "Travel": ("plane", "#1769aa"), "Food": ("cup", "#b5541c"),
               "Health": ("heart", "#b3264b"),
               "Money": ("storage", "#2e7d4f"), "Learning": ("bookmark", "#3949ab"), "Tools": ("bolt", "#546e7a"),
               "Photo": ("image", "#00838f")} # name: icon, colour
+
 PURPOSES = {"Games": "a quiet half hour", "Travel": "a good journey", "Food": "your kitchen", "Health": "a better day",
             "Money": "your accounts",
             "Learning": "a curious mind", "Tools": "small jobs", "Photo": "fine pictures"}
+
+# %% ../../nbs/phone/34q_store.ipynb #025e3e04
 TITLES = ("Tile Harbour", "Moon Rally", "Word Orchard", "Castle Kit", "Marble Maze",
           "Railroamer", "Hostelry", "Pocket Compass", "Tram Times", "Packing List",
           "Pantry Pal", "Spoonful", "Table for Two", "Bread Diary", "Market Day",
@@ -35,6 +39,7 @@ TITLES = ("Tile Harbour", "Moon Rally", "Word Orchard", "Castle Kit", "Marble Ma
           "Lingo Fox", "Star Atlas", "Quiz Barn", "Chord Coach", "Leaf Guide",
           "Quick Scan", "Torchlight", "File Ferry", "Pixel Ruler", "Clip Stack",
           "Grain Lab", "Collage Box", "Portrait Nook", "Frame Maker", "Lapse One")
+
 MAKERS = ("Nordel Studio", "Havika Apps", "Quandry Labs", "Brimm and Sons", "Ostello Works", "Pellworm Digital",
           "Falko Soft")
 
@@ -47,9 +52,9 @@ def offer(
     i = id - 1
     return {"id": id, "title": TITLES[i], "category": list(CATEGORIES)[i // 5], "maker": MAKERS[i * 3 % 7],
             "stars": 3 + i * 7 % 20 / 10, "size": 20 + i * 53 % 180, "ratings": 200 + i * 977 % 9000}
-
 OFFERS = range(1, len(TITLES) + 1)
 
+# %% ../../nbs/phone/34q_store.ipynb #3e82a0a7
 def within(
     category: str, # key of `CATEGORIES`
 ) -> list:         # ids, the best one first
@@ -75,6 +80,7 @@ def rated(
     "Stars as a number with a symbol."
     return ui.row(ui.text(f"{stars:.1f}", size, ui.MUTED), ui.icon("star", size, ui.AMBER), width="wrap", gap=8)
 
+# %% ../../nbs/phone/34q_store.ipynb #567fa6d3
 def offer_row(
     id: int,    # of an app
     trail=None, # after it: a text, or a node
@@ -253,6 +259,7 @@ def find_app_page(
     if phone.now["app"] == "store" and own["ask"] and own["stack"][-1]["of"] == [id]: return None
     return go(phone, "store", "search") or fill(phone, "find", offer(id)["title"]) or tap(phone, ("open", "app", id))
 
+# %% ../../nbs/phone/34q_store.ipynb #843718bd
 def on_page(
     phone,       # a `SimPhone`
     id: int,     # of an app

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NEW', 'ANY', 'KINDS', 'WAIT', 'MARGIN', 'Change', 'value', 'new', 'gone', 'changed', 'changes', 'alike', 'fulfilled',
            'Content', 'contents', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates',
-           'reachable', 'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'showing', 'look_up']
+           'reachable', 'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'fill_all', 'find', 'showing', 'look_up',
+           'was_on', 'beside', 'once']
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-003
 import json, random
@@ -117,7 +118,9 @@ def fulfilled(
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-017
 @lru_cache(1 << 14)
-def _drawn(app, content): return app.data(random.Random(derive_seed("content", app.name, content)), people(content))
+def _drawn(app, content):
+    data = app.data(random.Random(derive_seed("content", app.name, content)), people(content))
+    return app.furnished(data) if content else data
 
 class Content(dict):
     "The data of all apps by name, drawn when it is first looked at."
@@ -304,6 +307,28 @@ def pick(
     wrong = sorted(set(held or []) ^ set(value), key=str)
     return tap(phone, ("toggle", field, wrong[0])) if wrong else None
 
+# %% ../../nbs/phone/32b_templates.ipynb #e3d786a8
+def fill_all(
+    phone,     # a `SimPhone` with a form on show
+    **fields,  # field: text
+):             # a move, or None
+    "Get texts into the fields of a form, one after the other."
+    return next((move for k, v in fields.items() if (move := fill(phone, k, v))), None)
+
+# %% ../../nbs/phone/32b_templates.ipynb #b326a419
+def find(
+    phone,        # a `SimPhone`, now
+    app: str,     # name of an app with a page `search`
+    text: str,    # what is looked for
+    page: tuple,  # that a result opens: ("contact", 3)
+):                # a move, or None on that page
+    "Move towards a page by searching for it."
+    own = phone.now["apps"].get(app)
+    there = (own and any(e["page"] == "search" for e in own["stack"])
+             and normal(own["fields"].get("find", "")) == normal(text))
+    if there: return go(phone, app, "search", page)
+    return go(phone, app, "search") or fill(phone, "find", text)
+
 # %% ../../nbs/phone/32b_templates.ipynb #32b-032
 def showing(
     phone,      # a `SimPhone`, now
@@ -324,3 +349,34 @@ def look_up(
 ) -> dict | None:
     "The first record that is as wanted."
     return next((r for r in data[app][table] if all(alike(v, r.get(k)) for k, v in fields.items())), None)
+
+# %% ../../nbs/phone/32b_templates.ipynb #76ae0be8
+def was_on(
+    phone,     # a `SimPhone`, now
+    app: str,  # name of an app of pages
+    page: str, # one of its pages
+    *of,       # which one
+) -> bool:     # whether the user has it open there, in front or behind
+    "Whether a page has been looked at."
+    stack = phone.now["apps"].get(app, {"stack": []})["stack"]
+    return [page, *of] in [[p["page"], *p["of"]] for p in stack]
+
+# %% ../../nbs/phone/32b_templates.ipynb #d2137701
+def beside(
+    data: dict,  # of all apps
+    app: str,    # whose
+    table: str,  # list of records
+    id: int,     # of one of them
+    **fields,    # that the other one has
+) -> dict | None: # None where there is none
+    "The first other record that is as wanted."
+    rest = [r for r in data[app][table] if r["id"] != id]
+    return look_up({app: {table: rest}}, app, table, **fields)
+
+# %% ../../nbs/phone/32b_templates.ipynb #3ebf35f9
+def once(
+    data: dict, # of all apps at the beginning
+    moves,      # (phone, f) -> a move
+):              # the same, which ends with the first change of data
+    "Moves up to the first thing that they change."
+    return lambda phone, f: moves(phone, f) if phone.data == data else None

@@ -7,10 +7,6 @@ __all__ = ['HOME', 'UNIT', 'REGION', 'KNOTS', 'HERE', 'PACE', 'PLACE_KINDS', 'st
            'spelled', 'Leg', 'way', 'metres', 'minutes', 'length', 'duration', 'Place', 'places', 'is_open',
            'hours_note', 'address_in']
 
-# %% ../../nbs/phone/31b_town.ipynb #31b-002
-#| export
-#| default_exp phone.town
-
 # %% ../../nbs/phone/31b_town.ipynb #31b-003
 import random, re
 from bisect import bisect
@@ -105,8 +101,8 @@ def _turns(a, b): # the streets from one spot to another in a town
     if a.street == b.street: return [a.street]
     if across(a.street) != across(b.street): return [a.street, b.street]
     between = [s for s in streets(a.town) if across(s) != across(a.street)]
-    return [a.street, min(between, key=lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street,
-            s)) - (a.u + b.u) / 2)), b.street]
+    off = lambda s: abs(_far(a.town, a.street, _meet(a.town, a.street, s)) - (a.u + b.u) / 2)
+    return [a.street, min(between, key=off), b.street]
 
 def _meet(town, a, b): return crossing(town, *((a, b) if streets(town)[a][0] else (b, a)))
 
@@ -153,6 +149,7 @@ def metres(
     "How far it is."
     return sum(leg.metres for leg in way(start, end))
 
+# %% ../../nbs/phone/31b_town.ipynb #af779560
 def minutes(
     start: str, # an address
     end: str,   # another one
@@ -193,6 +190,8 @@ ui.ICONS |= {
     "tree": "p 12 2 20 12 16 12 21 18 3 18 8 12 4 12;l 12 18 12 22",
     "fuel": "p 4 3 14 3 14 21 4 21;l 14 10 18 10 18 18 21 18 21 8 18 5",
     "bread": "p 3 10 6 6 18 6 21 10 19 12 19 19 5 19 5 12"}
+
+# %% ../../nbs/phone/31b_town.ipynb #101988e4
 PLACE_KINDS = {  # kind: icon, colour
     "Cafe": ("cup", "#a5632a"), "Restaurant": ("fork", "#d35400"), "Bakery": ("bread", "#c08a1e"),
     "Pharmacy": ("pill", "#c5221f"), "Supermarket": ("bag", "#1a73e8"),
@@ -226,6 +225,7 @@ class Place(NamedTuple):
     votes: int    # how many gave stars
     address: str
 
+# %% ../../nbs/phone/31b_town.ipynb #d28fe1d7
 @lru_cache(1)
 def places() -> dict: # name: `Place`
     "Everything in the home town that has a name."

@@ -48,6 +48,7 @@ def video(
             "views": 3 + i * 37 % 400, "days": 1 + i * 11 % 60, "seconds": 100 + i * 67 % 900,
             "look": looks.split()[i % len(looks.split())], "seed": i * 5 + i // 7}
 
+# %% ../../nbs/phone/34p_videos.ipynb #095b5b07
 def of_channel(
     channel: int, # number
     order: str = "Newest", # or "Most viewed"
@@ -77,6 +78,7 @@ def about(
     v = video(id)
     return f"{v['views']}K views, {v['days']} day{'s' * (v['days'] > 1)} ago"
 
+# %% ../../nbs/phone/34p_videos.ipynb #14554a2e
 def video_row(
     id: int,    # of a video
     trail=None, # after it; else the menu
@@ -301,6 +303,7 @@ def find_video(
     if here: return tap(phone, *events) if events else None
     return go(phone, "play", "search") or fill(phone, "find", video(id)["title"]) or tap(phone, ("open", "watch", id))
 
+# %% ../../nbs/phone/34p_videos.ipynb #2190ee12
 def find_channel(
     phone,       # a `SimPhone`
     id: int,     # of a channel
@@ -379,6 +382,7 @@ def _channel(rng, data, mine): # of a filling: a channel that is subscribed to, 
     c = rng.choice([c for c in range(1, 13) if (c in held) == mine])
     return {"channel": list(CHANNELS)[c - 1], "id": c}
 
+# %% ../../nbs/phone/34p_videos.ipynb #0fed02f3
 @template("subscribe to a channel", "play")
 class Subscribe(VideoTask):
     goals = ("Subscribe to the channel {channel}", "Follow the video channel {channel}",

@@ -7,7 +7,7 @@ __all__ = ['MARK', 'RepresentationConfig', 'difference', 'squash', 'mark', 'plai
            'Packed']
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-002
-import re
+import re, shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -198,6 +198,7 @@ def save(self:VLM,
     with atomic(path) as p:
         self.model.save_pretrained(p)
         self.processor.save_pretrained(p)
+        shutil.rmtree(path, ignore_errors=True) # what was there makes way
 
 # %% ../../nbs/vlm/20_representation.ipynb #42-030
 @patch(as_prop=True)

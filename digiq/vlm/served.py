@@ -198,7 +198,8 @@ def command(
 ) -> list[str]:
     "What starts a server. Raises `ConfigError` for a rank that vLLM does not know."
     if lora > RANKS[-1]: raise ConfigError(f"adapters of rank {lora} cannot be served: vLLM takes up to {RANKS[-1]}")
-    adapters = ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= lora))] if lora else []
+    adapters = ["--enable-lora", "--enable-tower-connector-lora"] if lora else [] # ours are on all layers that are linear
+    if lora: adapters += ["--max-lora-rank", str(next(r for r in RANKS if r >= lora))]
     return [program, "serve", str(path), "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out",
         "--generation-config", "vllm", *adapters, *options]
 

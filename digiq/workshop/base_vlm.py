@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DECORATION', 'BaseVLMConfig', 'train_tokenizer', 'tokenizer_texts', 'build_vlm', 'Screens', 'named', 'name_at',
-           'page_name', 'random_action', 'gather', 'quiz', 'matrix_optimizers', 'answer_loss', 'sight_targets', 'Sight',
-           'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy', 'pretrain', 'quiz_accuracy', 'linear_probe']
+           'page_name', 'random_action', 'gather', 'quiz', 'MuonAndAdamW', 'matrix_optimizer', 'answer_loss',
+           'sight_targets', 'Sight', 'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy', 'pretrain',
+           'quiz_accuracy', 'linear_probe']
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-002
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -258,20 +260,34 @@ def quiz(
     return mark(Image.fromarray(screens.pictures[i]), A.tap(*touch)), *zip(*asked)
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-035
-def matrix_optimizers(
-    model:nn.Module,
+class MuonAndAdamW(torch.optim.Optimizer):
+    "Muon for some weights and AdamW for all others, as one optimizer."
+    def __init__(self,
+        muon:torch.optim.Muon, # with one group of weights
+        adamw:torch.optim.AdamW, # the same
+    ):
+        self.parts = muon, adamw
+        super().__init__([group for o in self.parts for group in o.param_groups], {})
+
+    def step(self, closure=None):
+        for o, group in zip(self.parts, self.param_groups):
+            o.state, o.param_groups = self.state, [group]
+            o.step()
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-035e
+def matrix_optimizer(
+    model:nn.Module, # its layers have numbers
     lr:float, # AdamW's, for embeddings, norms and biases
     matrix_lr:float, # Muon's, for the weight matrices of the layers
-    layers:str=".layers.", # what the names of these matrices contain
     weight_decay:float=0.01,
-) -> tuple: # Muon and AdamW; step both
-    "Optimizers for a small transformer that is trained from nothing."
-    def is_matrix(name, p): return p.requires_grad and p.ndim == 2 and layers in name and "relative" not in name
-    matrices = [p for n, p in model.named_parameters() if is_matrix(n, p)]
+) -> MuonAndAdamW:
+    "An optimizer for a small transformer that is trained from nothing; what is frozen is left out."
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and re.search(r"\.\d+\.", n) and "relative" not in n]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    return (torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
-            torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay))
+    rest = [p for _, p in named if id(p) not in chosen]
+    return MuonAndAdamW(torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
+        torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay))
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-036
 def answer_loss(
@@ -357,9 +373,9 @@ def patch_states(
     return vlm.model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-033o
-def _optimizers(model, config, steps): # and their schedules: a cosine down to a twentieth
-    optimizers = matrix_optimizers(model, config.lr, config.matrix_lr, weight_decay=config.weight_decay)
-    return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, lambda i: cosine(i, steps, .05)) for o in optimizers]
+def _optimizer(model, config, steps): # and its schedule: a cosine down to a twentieth
+    optimizer = matrix_optimizer(model, config.lr, config.matrix_lr, config.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, steps, .05))
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-033h
 def learn_to_see(
@@ -373,16 +389,16 @@ def learn_to_see(
     torch.manual_seed(derive_seed(seed, "sight"))
     both = nn.ModuleList([vlm.model.model.vision_tower, Sight(config.width, names)])
     rng, losses = np.random.default_rng(derive_seed(seed, "sight")), []
-    optimizers, schedules = _optimizers(both, config, config.sight_steps)
+    optimizer, schedule = _optimizer(both, config, config.sight_steps)
     for _ in progress(range(config.sight_steps), desc="learn to see"):
         drawn = rng.choice(len(screens), config.sight_batch)
         shown = [marked(screens.pictures[i], screens.elements[i], rng) for i in drawn]
         targets = [sight_targets(e, names, side) for _, e in shown]
         loss = both[1].loss(patch_states(vlm, [p for p, _ in shown]), targets)
-        for o in optimizers: o.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), config.clip)
-        for o in (*optimizers, *schedules): o.step()
+        optimizer.step(); schedule.step()
         losses.append(loss.item())
     return both[1].eval(), losses
 
@@ -423,7 +439,7 @@ def pretrain(
     vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages))), seed)
     sight, _ = learn_to_see(vlm, screens, config, seed)
     vlm.model.model.vision_tower.requires_grad_(False)
-    optimizers, schedules = _optimizers(vlm.model, config, config.steps)
+    optimizer, schedule = _optimizer(vlm.model, config, config.steps)
     rng, losses = np.random.default_rng(derive_seed(seed, "pretrain")), []
     torch.manual_seed(derive_seed(seed, "pretrain"))
     vlm.model.train()
@@ -431,8 +447,8 @@ def pretrain(
         loss = answer_loss(vlm, [quiz(screens, i, names, rng) for i in rng.choice(len(screens), config.batch)])
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in vlm.model.parameters() if p.requires_grad], config.clip)
-        for o in (*optimizers, *schedules): o.step()
-        for o in optimizers: o.zero_grad()
+        optimizer.step(); schedule.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     vlm.model.eval().requires_grad_(True)
     return vlm, sight, losses

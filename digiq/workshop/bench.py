@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rate', 'phone_speed', 'network_speed', 'latency', 'SlowPhone', 'Timed', 'rates', 'AnyMove', 'lockstep_speed',
-           'fleet_speed', 'limits', 'worked', 'products']
+           'fleet_speed', 'limits', 'worked', 'products', 'costs', 'counted_cost', 'forward_flop', 'multiplied',
+           'computed_cost']
 
 # %% ../../nbs/workshop/83_bench.ipynb #66-002
 import math, os, re, time
@@ -14,18 +15,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import init_empty_weights
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
 
 from .. import actions as A
 from .. import tasks as T
 from ..core import derive_seed
-from ..env import DeviceEnv, DeviceError, perform
+from ..env import DeviceEnv, DeviceError, perform, prompt
 from ..method.autoui import AutoUIPolicy, ImageEncoder, snap
 from ..phone import SimPhone, oracle
 from ..play.fleet import Fleet, FleetSettings
 from ..play.rollout import Player, Rollout
 from ..vlm.hf import HFEmbedder
+from ..vlm.policy import VLMPolicy
 from ..vlm.representation import RepresentationConfig, model_path
 
 # %% ../../nbs/workshop/83_bench.ipynb #66-018
@@ -262,3 +268,78 @@ def products(
     spent = time.perf_counter() - start
     heavy = [e for e in seen.key_averages() if re.match(r"aten::.*(mm|conv|attention|linear)", e.key)]
     return sum(e.self_cpu_time_total for e in heavy)*1e-6/spent
+
+# %% ../../nbs/workshop/83_bench.ipynb #66-c02
+def costs(
+    read:int, # tokens of a prompt with its picture
+    written:int, # tokens of an answer
+    flop, # n candidates -> floating-point operations of scoring them behind one reading
+    candidates=(1, 4, 16, 64), # n
+) -> pd.DataFrame: # a row per n; tokens, and GFLOP, behind one reading and with a pass each
+    "What the candidates of a state cost"
+    once = pd.Series({n: flop(n)/1e9 for n in candidates})
+    n = once.index.to_numpy()
+    columns = {("tokens", "one reading"): read + n*written, ("tokens", "a pass each"): n*(read + written),
+        ("GFLOP", "one reading"): once, ("GFLOP", "a pass each"): n*flop(1)/1e9}
+    table = pd.DataFrame(columns).rename_axis("candidates")
+    table["GFLOP", "times"] = table["GFLOP", "a pass each"]/table["GFLOP", "one reading"]
+    return table
+
+# %% ../../nbs/workshop/83_bench.ipynb #66-c06
+def counted_cost(
+    policy:VLMPolicy, # its network is here
+    screen:Image.Image, # of a phone
+    candidates=(1, 4, 16, 64), # n
+) -> pd.DataFrame: # as from `costs`
+    "What the candidates of a state cost, counted"
+    asked, seen = prompt("Search for red lamp on velmora.com", ""), policy.see([screen])
+    actions = [A.render(A.tap(.5, .9*k/max(candidates))) for k in range(max(candidates))]
+    read = policy.inputs([asked], seen)["input_ids"].shape[1]
+    written = len(policy.answer(policy.says(actions[0], policy.size(seen[0])))) - 1 # what ends it is not read
+    def flop(n):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH): # counts all
+            policy.log_prob([asked]*n, seen[[0]*n], actions[:n])
+        return counter.get_total_flops()
+    return costs(read, written, flop, candidates)
+
+# %% ../../nbs/workshop/83_bench.ipynb #66-c09
+def forward_flop(
+    weights:int, # of all layers
+    layers:int, # with attention to everything
+    width:int, # of a token's state
+    tokens:int, # that are read
+    behind:int=0, # tokens that were read before
+) -> int:
+    "Floating-point operations of reading tokens"
+    return 2*weights*tokens + 4*layers*width*tokens*(behind + tokens)
+
+def multiplied(
+    config # of a VLM, from `transformers`
+) -> dict: # vision, language, head: weights
+    "The weights that tokens are multiplied with, by part of a model"
+    with init_empty_weights(): model = AutoModelForImageTextToText.from_config(config)
+    found = dict(vision=0, language=0, head=0)
+    for name, m in model.named_modules():
+        if not re.match("Linear|Conv", type(m).__name__): continue
+        inside = "vision" if re.search("vision|visual", name) else "language"
+        found["head" if m is model.get_output_embeddings() else inside] += m.weight.numel()
+    return found
+
+# %% ../../nbs/workshop/83_bench.ipynb #66-c10
+def computed_cost(
+    config, # of a VLM, from `transformers`
+    picture:int, # tokens of a picture
+    text:int, # tokens of a prompt beside it
+    written:int, # tokens of an answer
+    candidates=(1, 4, 16, 64), # n
+) -> pd.DataFrame: # as from `costs`
+    "What the candidates of a state cost, by formula"
+    vision, language, w = config.vision_config, config.text_config, multiplied(config)
+    full = getattr(vision, "fullatt_block_indexes", None) # of other layers attention sees a window, which is little
+    layers = len(full) if full else getattr(vision, "depth", None) or vision.num_hidden_layers
+    patches = picture*getattr(vision, "spatial_merge_size", 1)**2
+    seen = forward_flop(w["vision"], layers, vision.hidden_size, patches)
+    def read(tokens, behind=0):
+        return forward_flop(w["language"], language.num_hidden_layers, language.hidden_size, tokens, behind)
+    def flop(n): return seen + read(picture + text) + n*(read(written, picture + text) + 2*w["head"]*written)
+    return costs(picture + text, written, flop, candidates)

@@ -9,8 +9,9 @@ __all__ = ['QWEN', 'SIZE', 'NEWER', 'IDEFICS', 'FAMILIES', 'QwenPictures', 'rand
 from tokenizers import AddedToken
 from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil, Idefics3Processor,
     PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3VLConfig,
+    Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen2VLVideoProcessor, Qwen3VLConfig,
     Qwen3VLForConditionalGeneration)
+from transformers.utils import is_torchvision_available
 
 from ..core import ConfigError, seed_all
 from ..vlm.representation import VLM
@@ -34,6 +35,11 @@ class QwenPictures(Qwen2VLProcessor):
     "Qwen2-VL's processor without its part for videos, which needs torchvision"
     def check_argument_for_proper_class(self, name, value): return type(value)
 
+def _qwen_processor(pictures, tok):
+    "Whole, so that it can be saved and loaded, where torchvision is; pictures are all that an agent needs."
+    if not is_torchvision_available(): return QwenPictures(pictures, tok, None, chat_template=QWEN)
+    return Qwen2VLProcessor(pictures, tok, Qwen2VLVideoProcessor(), chat_template=QWEN)
+
 # %% ../../nbs/workshop/81_families.ipynb #45a-008b
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) # of a language model
 NEWER = dict(depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=64, num_heads=2) # vision towers of later Qwens
@@ -49,7 +55,7 @@ def _qwen(model, config, vision, text={}, patch=14):
     tokens = dict(image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
         vision_start_token_id=number("<|vision_start|>"), vision_end_token_id=number("<|vision_end|>"))
     cfg = config(text_config=text, vision_config=vision, **tokens)
-    return model(cfg), QwenPictures(pictures, tok, None, chat_template=QWEN)
+    return model(cfg), _qwen_processor(pictures, tok)
 
 # %% ../../nbs/workshop/81_families.ipynb #45a-009
 IDEFICS = ("<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
