@@ -15,7 +15,11 @@ from .dialler import call_made
 from .everyday import NOW, clock_time, day_name, mail_of
 from .messages import TEXTS, message_sent, write_to
 from .pages import PagedApp, added, at, edited, record, removed, sent
+<<<<<<< HEAD
 from .templates import (ANY, WAIT, Template, beside, changed, fill, fill_all, find, go, gone, look_up, new,
+=======
+from .templates import (ANY, Template, beside, changed, fill, fill_all, find, go, gone, look_up, new,
+>>>>>>> main
                                    once, pick, showing, tap, template)
 from .world import normal
 
