@@ -15,11 +15,7 @@ from .dialler import call_made
 from .everyday import NOW, clock_time, day_name, mail_of
 from .messages import TEXTS, message_sent, write_to
 from .pages import PagedApp, added, at, edited, record, removed, sent
-<<<<<<< HEAD
-from .templates import (ANY, WAIT, Template, beside, changed, fill, fill_all, find, go, gone, look_up, new,
-=======
 from .templates import (ANY, Template, beside, changed, fill, fill_all, find, go, gone, look_up, new,
->>>>>>> main
                                    once, pick, showing, tap, template)
 from .world import normal
 
@@ -334,9 +330,8 @@ def to_mail(
     *more,        # pages behind it
 ):                # a move, or None on that page
     "Move towards a mail, in the folder where it is."
-    mail = look_up(phone.data, "mail", "mails", id=id)
-    if not mail: return WAIT # it was deleted for ever
-    path = {"inbox": [], "sent": ["sent"]}.get(mail["folder"], ["folders", ("folder", mail["folder"])])
+    folder = look_up(phone.data, "mail", "mails", id=id)["folder"]
+    path = {"inbox": [], "sent": ["sent"]}.get(folder, ["folders", ("folder", folder)])
     return go(phone, "mail", *path, ("mail", id), *more)
 
 # %% ../../nbs/phone/34f_mail.ipynb #8581bc8d
