@@ -257,7 +257,7 @@ def is_on(
     key: str,   # of `QUICK`
 ) -> bool:
     "Whether a quick setting is on."
-    return data["shade"]["torch"] if key == "torch" else data["settings"][key]
+    return data["shade"]["torch"] if key == "torch" else data["settings"].get(key, False)
 
 # %% ../../nbs/phone/34y_system.ipynb #34y-117
 def _head(): # the time and the day

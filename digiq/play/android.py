@@ -75,7 +75,8 @@ def parse_line(
 # input methods; the first one is what a user has
 KEYBOARDS = ("com.android.inputmethod.latin/.LatinIME", "com.android.adbkeyboard/.AdbIME")
 PACKAGES = {name: f"com.android.{name}" for name in ICONS | MORE} # app: package
-PACKAGES |= {"browser": "com.android.chrome", "launcher": "com.android.launcher3"}
+PACKAGES |= {"browser": "com.android.chrome", "launcher": "com.android.launcher3", "shade": "com.android.systemui",
+             "recents": "com.android.quickstep", "permission": "com.android.permissioncontroller"}
 COMMANDS = {}
 @dataclass(frozen=True)
 class Traits:
