@@ -84,7 +84,12 @@ class App:
         "The data before an episode begins; {} for an app that keeps none."
         return {}
 
-    def furnished(self, data): return data # the data on a phone with contents
+    def furnished(self,
+        data,   # as above
+        rng,    # draws on
+    ) -> dict:
+        "The data on a phone with contents, where more is to be found than on one that is for shopping."
+        return data
 
     def start(self,
         ep:Episode, # the episode

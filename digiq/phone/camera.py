@@ -324,17 +324,20 @@ class Gallery(_AlbumEvents):
     roots = (("photos", "Photos", "image"), ("albums", "Albums", "folder"), ("search", "Search", "search"))
 
     def data(self, rng, people):
-        looks, places = rng.sample(THINGS, rng.randrange(10, 14)), rng.sample(TOWNS, 13)
-        binned = rng.sample(range(len(looks)), rng.randrange(3, 5))
+        looks, places = rng.sample(THINGS, rng.randrange(9, 13)), rng.sample(TOWNS, 13)
         days = sorted(rng.choices(range(-12, 0), k=len(looks)))
         albums = [dict(id=i + 1, name=n) for i, n in enumerate(rng.sample(ALBUMS, 3))]
         how = lambda: f"back camera, flash {rng.choice(FLASH)}, timer off"
         kind = lambda: "video" if rng.random() < .15 else "photo"
         one = lambda i: shot(looks[i], rng.randrange(12), kind(), places[i], how(), days[i],
                              clock_time(8 + i, rng.randrange(60)),
-                             album=rng.randrange(4), favourite=rng.random() < .2, deleted=i in binned)
+                             album=rng.randrange(4), favourite=rng.random() < .2, deleted=i in (2, 5))
         pictures = [dict(id=i + 1, **one(i)) for i in range(len(looks))]
         return {"pictures": pictures, "albums": albums}
+
+    def furnished(self, data, rng): # more in the bin, anywhere
+        binned = {2, 5, *rng.sample(range(len(data["pictures"])), 2)}
+        return {**data, "pictures": [{**p, "deleted": i in binned} for i, p in enumerate(data["pictures"])]}
 
     def asked_show(self, state, ep, id): return self.jump(state, ep, "picture", id) if record(state, "pictures",
                                                                                               id) else state

@@ -239,8 +239,11 @@ class Dialler(_CallEvents, _Calling, _Keys, _Favourites, _Blocking):
         long = lambda kind: 0 if kind == "missed" else rng.randrange(9, 900)
         calls = [dict(id=i + 1, number=n, kind=k, day=day, time=clock_time(t // 12, t % 12 * 5), seconds=long(k))
                  for i, (n, k, (day, t)) in enumerate(zip(numbers, kinds, days))]
-        blocked = [dict(id=i + 1, number=some_number(rng)) for i in range(rng.randrange(3, 6))]
-        return {"calls": calls, "blocked": blocked}
+        return {"calls": calls, "blocked": [dict(id=i + 1, number=some_number(rng)) for i in range(2)]}
+
+    def furnished(self, data, rng): # more numbers are blocked
+        more = [dict(id=i, number=some_number(rng)) for i in range(3, rng.randrange(4, 7))]
+        return {**data, "blocked": data["blocked"] + more}
 
 # %% ../../nbs/phone/34d_phone.ipynb #6c777b7d
 def call_made(

@@ -370,8 +370,7 @@ class Music(_Finding):
 
     def data(self, rng, people):
         songs = lambda n: rng.sample(SONGS, n)
-        names = rng.sample(NAMES, rng.randrange(4, 7))
-        lists = [dict(id=i + 1, name=n, songs=songs(rng.randrange(2, 7))) for i, n in enumerate(names)]
+        lists = [dict(id=i + 1, name=n, songs=songs(rng.randrange(2, 7))) for i, n in enumerate(rng.sample(NAMES, 3))]
         liked = [dict(id=i + 1, song=s) for i, s in enumerate(songs(rng.randrange(3, 7)))]
         follows = [dict(id=i + 1, artist=a) for i, a in enumerate(rng.sample(range(1, 13), 3))]
         off = {"song": 0, "is": "off", "from": ""}
@@ -379,6 +378,11 @@ class Music(_Finding):
         return {"playlists": lists, "liked": liked, "follows": follows, "playing": now,
                 "queue": songs(rng.randrange(0, 3)),
                 "shuffle": rng.random() < .3, "repeat": "off", "recent": rng.sample(range(1, 25), 4)}
+
+    def furnished(self, data, rng): # more lists
+        names = rng.sample([n for n in NAMES if n not in {p["name"] for p in data["playlists"]}], rng.randrange(1, 4))
+        more = [dict(id=i, name=n, songs=rng.sample(SONGS, rng.randrange(2, 7))) for i, n in enumerate(names, 4)]
+        return {**data, "playlists": data["playlists"] + more}
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-040
 def find_song(

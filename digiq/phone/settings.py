@@ -215,7 +215,7 @@ class Settings(NetworkEvents, AppPages, Storage, Search):
         known = [dict(id=i + 1, name=n, saved=i < 4) for i, n in enumerate(rng.sample(NETWORKS, 6))]
         return {**flags, **levels, **chosen, "apps": apps, "networks": known, "network": known[0]["name"]}
 
-    def furnished(self, data): # the theme, and apps that may do what they need
+    def furnished(self, data, rng): # the theme, and apps that may do what they need
         needs = {(ICONS | MORE)[n][0]: dict.fromkeys(what, True) for n, what in NEEDS.items()}
         return {**data, "dark": False, "apps": [{**a, **needs.get(a["name"], {})} for a in data["apps"]]}
 

@@ -119,8 +119,9 @@ def fulfilled(
 # %% ../../nbs/phone/32b_templates.ipynb #32b-017
 @lru_cache(1 << 14)
 def _drawn(app, content):
-    data = app.data(random.Random(derive_seed("content", app.name, content)), people(content))
-    return app.furnished(data) if content else data
+    rng = random.Random(derive_seed("content", app.name, content))
+    data = app.data(rng, people(content))
+    return app.furnished(data, rng) if content else data
 
 class Content(dict):
     "The data of all apps by name, drawn when it is first looked at."
