@@ -336,7 +336,7 @@ class Gallery(_AlbumEvents):
         return {"pictures": pictures, "albums": albums}
 
     def furnished(self, data, rng): # more in the bin, anywhere
-        binned = {2, 5, *rng.sample(range(len(data["pictures"])), 2)}
+        binned = rng.sample(range(len(data["pictures"])), rng.randrange(3, 5))
         return {**data, "pictures": [{**p, "deleted": i in binned} for i, p in enumerate(data["pictures"])]}
 
     def asked_show(self, state, ep, id): return self.jump(state, ep, "picture", id) if record(state, "pictures",
