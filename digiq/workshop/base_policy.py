@@ -7,12 +7,14 @@ __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', '
            'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit',
            'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'relabel', 'Lessons', 'untaught_autoui', 'teach',
-           'plot_losses', 'write_card', 'ship_vlm', 'ship_policy', 'measure_policy']
+           'plot_losses', 'write_card', 'card_figures', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -398,13 +400,15 @@ def _optimiser(policy, cfg, seed, state): # a step down a loss, which returns it
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-036b
 def plot_losses(
-    losses:list[float] # of minibatches
+    losses:dict[str, list[float]] # of minibatches, by agent
 ): # `matplotlib.axes.Axes`
-    "Learning curve of an agent"
+    "Learning curves of agents"
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 2.4))[1]
-    ax.plot(np.convolve(losses, np.ones(20)/20, "valid"), color="#0072B2")
+    for (name, curve), color in zip(losses.items(), ("#0072B2", "#D55E00")):
+        ax.plot(np.convolve(curve, np.ones(20)/20, "valid"), color=color, label=name)
     ax.set(xlabel="minibatch", ylabel="−log π(a|s)", yscale="log")
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -437,14 +441,23 @@ def write_card(
     rows = "\n".join(f"| {k} | {shown(v)} |" for k, v in {**to_dict(settings), **quality}.items())
     (path/"README.md").write_text(CARD.format(name=path.name, what=what, rows=rows))
 
+def card_figures(
+    path:Path # the model's directory
+) -> dict: # by name
+    "The numbers that a card holds"
+    rows = re.findall(r"^\| (.+) \| (-?\d+(?:\.\d+)?) \|$", (path/"README.md").read_text(), re.MULTILINE)
+    return {k: float(v) for k, v in rows}
+
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-034
 def ship_vlm(
     out:Path, # where built-in models lie
     cfg:BaseVLMConfig, # how it is made
     seed:int=0 # of everything
 ) -> dict: # share of right answers by kind of question; `centre`, of places found by the tower alone
-    "Make the tiny VLM, write it, and measure it on screens of other episodes"
-    path, screens, held_out = Path(out)/"tiny-vlm", gather(cfg.screens, cfg, seed), gather(600, cfg, seed + 1)
+    "Make the tiny VLM, write it, and measure it on screens of other episodes; one that is there is kept"
+    path = Path(out)/"tiny-vlm"
+    if (path/"README.md").exists(): return card_figures(path)
+    screens, held_out = gather(cfg.screens, cfg, seed), gather(600, cfg, seed + 1)
     vlm, sight, _ = pretrain(screens, cfg, seed)
     quality = quiz_accuracy(vlm, held_out, sorted({n for e in screens.elements for n, _ in e} | {"background"}))
     quality["centre"] = float(np.mean(list(pointing_accuracy(vlm, sight, held_out).values())))
@@ -454,10 +467,16 @@ def ship_vlm(
     return quality
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-034a
-AGENTS = { # name: what it is at first, from the folder with the VLM and a seed; what its card says
-    "tiny-autoui": (lambda out, seed: untaught_autoui(ImageEncoder.from_pretrained(out/"tiny-vlm"), seed=seed),
-        "An Auto-UI of one and a half million parameters"),
-    "tiny-vlm-agent": (lambda out, seed: untaught_vlm(out/"tiny-vlm"), "The tiny VLM, taught to act")}
+class Pupil(NamedTuple):
+    "An agent to be taught"
+    make:Callable # (folder with the VLM, seed) -> a `Policy`
+    what:str # as its card says
+    lessons:BasePolicyConfig # how it is taught
+
+AGENTS = {
+    "tiny-autoui": Pupil(lambda out, seed: untaught_autoui(ImageEncoder.from_pretrained(out/"tiny-vlm"), seed=seed),
+        "An Auto-UI of one and a half million parameters", BasePolicyConfig()),
+    "tiny-vlm-agent": Pupil(lambda out, seed: untaught_vlm(out/"tiny-vlm"), "The tiny VLM, taught to act", VLM_LESSONS)}
 
 def ship_policy(
     out:Path, # where built-in models lie; the VLM is there already
@@ -466,13 +485,13 @@ def ship_policy(
     seed:int=0 # of everything
 ) -> list[float]: # losses
     "Make an agent and write it; one that was cut off is continued"
-    out, (make, what) = Path(out), AGENTS[name]
-    policy = make(out, seed)
+    out, pupil = Path(out), AGENTS[name]
+    policy = pupil.make(out, seed)
     losses = teach(policy, cfg, seed, out/"training_states"/f"{name}.safetensors")
     policy.model.half(); policy.save(out/name)
     habits = ", weak on purpose: it has the bad habits of the demonstrators it was cloned from."
     quality = dict(parameters=policy.model.num_parameters(), final_loss=float(np.mean(losses[-50:])))
-    write_card(out/name, what + habits, cfg, quality)
+    write_card(out/name, pupil.what + habits, cfg, quality)
     return losses
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-036

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DECORATION', 'BaseVLMConfig', 'train_tokenizer', 'tokenizer_texts', 'build_vlm', 'Screens', 'named', 'name_at',
-           'page_name', 'random_action', 'gather', 'quiz', 'MuonAndAdamW', 'matrix_optimizer', 'answer_loss',
-           'sight_targets', 'Sight', 'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy', 'pretrain',
-           'quiz_accuracy', 'linear_probe']
+           'page_name', 'random_action', 'gather', 'quiz', 'orthogonal', 'Muon', 'MuonAndAdamW', 'matrix_optimizer',
+           'answer_loss', 'sight_targets', 'Sight', 'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy',
+           'pretrain', 'quiz_accuracy', 'linear_probe']
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-002
 import re
@@ -259,11 +259,38 @@ def quiz(
     asked += [("there", f"Is there a {any_name}?", "Yes" if any_name in present else "No")]
     return mark(Image.fromarray(screens.pictures[i]), A.tap(*touch)), *zip(*asked)
 
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-m01
+def orthogonal(
+    matrix:torch.Tensor, # float [m, n]
+    steps:int=5, # of the iteration
+) -> torch.Tensor: # float [m, n], of singular values near 1
+    "About the nearest orthogonal matrix, by the Newton-Schulz iteration with Muon's coefficients (Jordan et al., 2024)."
+    x = matrix.T if len(matrix) > len(matrix.T) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if len(matrix) > len(matrix.T) else x
+
+# %% ../../nbs/workshop/80_base_vlm.ipynb #45-m02
+class Muon(torch.optim.Muon):
+    "PyTorch's Muon, computed in float32."
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: continue
+                moving = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                moving.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = orthogonal(p.grad.lerp(moving, group["momentum"]))
+                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** .5)
+
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-035
 class MuonAndAdamW(torch.optim.Optimizer):
     "Muon for some weights and AdamW for all others, as one optimizer."
     def __init__(self,
-        muon:torch.optim.Muon, # with one group of weights
+        muon:Muon, # with one group of weights
         adamw:torch.optim.AdamW, # the same
     ):
         self.parts = muon, adamw
@@ -286,7 +313,7 @@ def matrix_optimizer(
     matrices = [p for n, p in named if p.ndim == 2 and re.search(r"\.\d+\.", n) and "relative" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return MuonAndAdamW(torch.optim.Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
+    return MuonAndAdamW(Muon(matrices, lr=matrix_lr, momentum=.95, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay))
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-036
