@@ -12,7 +12,7 @@ __all__ = ['SORTS', 'ENDINGS', 'KINDS_OF', 'TOP', 'NAMES', 'INNER', 'SIZE_OF', '
 from . import design, ui
 from .apps import app
 from .everyday import day_name
-from .pages import PagedApp, added, edited, record, removed, sent, stored
+from .pages import PagedApp, added, edited, record, removed, stored
 from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, showing, tap, template,
                                    was_on)
 
@@ -196,12 +196,8 @@ class _FileEvents(_FilePage):
 
     def ask_share(self, state, ep, id):
         name = record(state, "files", id)["name"]
-        ways = (("Messages", "send", ("send", "messages", "write", "", name)),
-                ("Mail", "mail", ("send", "mail", "write", "", name, "")))
-        rows = [design.list_row(label, on, lead=icon, role="option") for label, icon, on in ways]
-        return design.dialog("Share with", *rows, buttons=[("Cancel", ("dismiss",))], color=self.color)
-
-    def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
+        return self.share_with(("Messages", "send", ("send", "messages", "write", "", name)),
+                               ("Mail", "mail", ("send", "mail", "write", "", name, "")))
 
 # %% ../../nbs/phone/34k_files.ipynb #34k-019
 class _Moving(PagedApp):

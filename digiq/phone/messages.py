@@ -51,8 +51,7 @@ NOTICES = {"Parcel Post": "Your parcel arrives today between 2 and 4 PM",
            "City Library": "Two of your books are due on Friday"}
 
 # %% ../../nbs/phone/34e_messages.ipynb #88c7223e
-ui.ICONS |= {"pin": "p 9 2 15 2 14 9 18 14 6 14 10 9;l 12 14 12 22",
-             "muted": "p 12 3 17 6 18 16 20 18 4 18 6 16 7 6;d 10 18 14 22;l 2 2 22 22"}
+ui.ICONS |= {"muted": "p 12 3 17 6 18 16 20 18 4 18 6 16 7 6;d 10 18 14 22;l 2 2 22 22"}
 
 class _Threads(PagedApp):
     "What is in a thread, and whose it is."

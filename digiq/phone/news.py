@@ -15,7 +15,7 @@ from typing import NamedTuple
 from . import design, ui
 from .apps import app
 from .everyday import COUNTRIES, FIRST_NAMES, LAST_NAMES, TOWNS
-from .pages import PagedApp, added, edited, record, removed, sent, stored
+from .pages import PagedApp, added, edited, record, removed, stored
 from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, pick, showing, tap,
                                    template, value, was_on)
 
@@ -259,13 +259,9 @@ class _Keeping(_Reading):
 
     def ask_share(self, state, ep, id):
         a = articles()[id]
-        ways = (("Messages", "send", ("send", "messages", "write", "", a.headline)),
-                ("Mail", "mail", ("send", "mail", "write", "", a.headline, " ".join(a.text))),
-                ("Notes", "check", ("send", "notes", "write", a.headline)))
-        rows = [design.list_row(label, on, lead=icon, role="option") for label, icon, on in ways]
-        return design.dialog("Share with", *rows, buttons=[("Cancel", ("dismiss",))], color=self.color)
-
-    def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
+        return self.share_with(("Messages", "send", ("send", "messages", "write", "", a.headline)),
+                               ("Mail", "mail", ("send", "mail", "write", "", a.headline, " ".join(a.text))),
+                               ("Notes", "check", ("send", "notes", "write", a.headline)))
 
     def page_saved(self, state, ep):
         rows = [story(articles()[s["article"]]) for s in reversed(state["data"]["saved"])]

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 from . import design, ui
 from .apps import app
 from .everyday import STREETS, clock_time, day_name
-from .pages import PagedApp, added, at, edited, record, removed, sent, stored
+from .pages import PagedApp, added, at, edited, record, removed, stored
 from .templates import (ANY, Template, changed, fill, go, look_up, new, once, showing, tap, template, value,
                                    was_on)
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-006
-ui.ICONS |= {"pin": "p 8 2 16 2 16 9 19 14 5 14 8 9;l 12 14 12 22",
-             "unpin": "l 8 2 16 2 16 9 19 14 5 14 8 9 8 2;l 12 14 12 22",
+ui.ICONS |= {"unpin": "l 8 2 16 2 16 9 19 14 5 14 8 9 8 2;l 12 14 12 22",
              "checklist": "l 3 6 5 8 9 4;l 12 6 21 6;l 3 13 5 15 9 11;l 12 13 21 13;l 3 20 5 22 9 18;l 12 20 21 20",
              "restore": "a 4 4 20 20 280 190;p 2 4 11 2 9 10"}
 COLORS = {"white": "#ffffff", "yellow": "#fff0b3", "green": "#d8f0d2", "blue": "#d5e6fb", "pink": "#fbd8e4",
@@ -183,12 +182,8 @@ class _NoteSharing(PagedApp):
     def ask_share(self, state, ep, id):
         n = record(state, "notes", id)
         text = n["text"] or ", ".join(i["text"] for i in n["items"])
-        ways = (("Messages", "send", ("send", "messages", "write", "", text)),
-                ("Mail", "mail", ("send", "mail", "write", "", n["title"], text)))
-        rows = [design.list_row(label, on, lead=icon, role="option") for label, icon, on in ways]
-        return design.dialog("Share with", *rows, buttons=[("Cancel", ("dismiss",))], color=self.color)
-
-    def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
+        return self.share_with(("Messages", "send", ("send", "messages", "write", "", text)),
+                               ("Mail", "mail", ("send", "mail", "write", "", n["title"], text)))
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-021
 class _NoteForm(PagedApp):

@@ -92,7 +92,14 @@ class PagedApp(Forms):
         bar = ep.shift((168, 160, 176), "bar")
         return design.frame(page, here["scroll"], deep, tabs, over, state["focus"], self.color, bar)
 
-    def on_send(self, state, ep, app, what, *parts): return sent(state, app, what, *parts)
+    def on_send(self, state, ep, app, what, *parts): return sent({**state, "ask": None}, app, what, *parts)
+
+    def share_with(self,
+        *ways, # (name of an app, icon, event)
+    ) -> "ui.Node":
+        "The question which app something is passed on to."
+        rows = [design.list_row(label, on, lead=icon, role="option") for label, icon, on in ways]
+        return design.dialog("Share with", *rows, buttons=[("Cancel", ("dismiss",))], color=self.color)
 
     def asked_open(self, state, ep, page, *of): # an intent: a notification about a page is tapped
         return self.on_tab(state, ep, page) if page in [r[0] for r in self.roots] else self.jump(state, ep, page, *of)
