@@ -91,4 +91,4 @@ def test_page_of_clusters_shows_the_examples():
 
 
 def test_presets_travel_with_the_package():
-    assert {p.stem for p in (root/"digiq"/"presets").glob("*.yaml")} == {"smoke", "tiny", "webshop", "general", "qwen-vl", "ui-tars"}
+    assert {p.stem for p in (root/"digiq"/"presets").glob("*.yaml")} == {"smoke", "tiny", "webshop", "general", "qwen-vl", "ui-tars", "tiny-vlm-agent"}

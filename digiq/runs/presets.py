@@ -168,7 +168,7 @@ def preset_path(
     name:str|Path, # of a preset of the package, or a YAML file
 ) -> Path: # the file
     "Find a preset. Raises `ConfigError` where there is none."
-    known = {p.stem: p for p in sorted((Path(package).parent/"presets").glob("*.yaml"))}
+    known = dict(sorted((p.stem, p) for p in (Path(package).parent/"presets").glob("*.yaml")))
     path = known.get(str(name), from_nbs(name))
     if not path.is_file():
         raise ConfigError(f"there is no preset {str(name)!r}: choose {', '.join(known)} or the path of a YAML file")
