@@ -137,8 +137,7 @@ async def trajectory(it, view, e):
     await it.took("Trajectory explorer: choose a step", part.locator(".frame:nth-child(2)").click(delay=PRESSED), chosen(1))
     await it.took("Trajectory explorer: next step by key", it.page.keyboard.press("ArrowRight"), chosen(2))
     v = view.values("episodes", e)[1][2]
-    said = await part.locator(".facts b").nth(1).inner_text()
-    assert said == fixed(v)
+    await it.until("Trajectory explorer: value of the next step", f"e.querySelectorAll('.facts b')[1].innerText === '{fixed(v)}'")
     await it.took("Trajectory explorer: next episode by key", it.page.keyboard.press("ArrowDown"), f"{shown} === '{e + 1}'")
     await part.locator("input[type=search]").fill(HOSTILE)
     assert await part.locator(".list button").count() == 0

@@ -50,7 +50,7 @@ def test_a_sweep_that_is_killed_goes_on(toy, number):
     killed = start()
     until((runs/"seed1"/"stage").exists, killed)
     killed.send_signal(number)
-    assert killed.wait(60) and executed(runs/"seed0.ipynb") and not executed(runs/"seed1.ipynb")
+    assert killed.wait(120) and executed(runs/"seed0.ipynb") and not executed(runs/"seed1.ipynb")
     before = [(runs/"seed0.ipynb").read_bytes(), (runs/"seed1"/"stage").read_text()]
     hold.unlink()
     again = start()
