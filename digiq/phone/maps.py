@@ -18,6 +18,7 @@ from ..core import derive_seed
 from . import design, town, ui
 from .apps import app
 from .calendar import compose, event_of, some_event, to_event
+from .dark import NIGHT, altered
 from .everyday import STREETS, phone_of
 from .pages import PagedApp, added, removed, stored
 from .templates import (Template, beside, changed, fill, go, gone, look_up, new, once, showing, tap,
@@ -27,6 +28,7 @@ from .town import HERE, HOME, PLACE_KINDS, address_in, duration, hours_note, is_
 # %% ../../nbs/phone/34h_maps.ipynb #34h-006
 STYLES = {  # ground, houses, park, water, street, its edge, letters
     "plain": ("#f3f1ea", "#e4e0d6", "#cbe6c0", "#a9d0f0", "#ffffff", "#d6d2c6", "#6b6f76"),
+    "night": ("#1f2630", "#2a323d", "#22392f", "#173352", "#49535f", "#14181e", "#aab3bd"),
     "satellite": ("#59694a", "#7d7668", "#3f5f36", "#2f5675", "#b9b6ad", "#6d6a60", "#ffffff")}
 TRAFFIC = ("#34a853", "#34a853", "#fbbc04", "#ea4335") # free to jammed
 
@@ -129,6 +131,8 @@ def _paint_map(im, n, x, y, w, h, s):
         for color, wide in (("#174ea6", 44), ("#4285f4", 30)): d.line(line, color, round(wide * s), joint="curve")
     im.paste(big.reduce(2), (round(x * s), round(y * s)))
     _names(im, n, x, y, w, h, s, STYLES[style[0]])
+
+NIGHT["map"] = lambda n: altered(n, color=(style := n.color.replace("plain", "night")), bg=STYLES[style.split()[0]][0])
 
 # %% ../../nbs/phone/34h_maps.ipynb #3fbc5104
 def _on_map(base, x, y): # where a point of the town is, px
