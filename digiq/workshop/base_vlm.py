@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DECORATION', 'BaseVLMConfig', 'train_tokenizer', 'tokenizer_texts', 'build_vlm', 'Screens', 'named', 'name_at',
-           'page_name', 'random_action', 'gather', 'quiz', 'orthogonal', 'Muon', 'MuonAndAdamW', 'matrix_optimizer',
-           'answer_loss', 'sight_targets', 'Sight', 'marked', 'patch_states', 'learn_to_see', 'pointing_accuracy',
-           'pretrain', 'quiz_accuracy', 'linear_probe']
+           'page_name', 'random_action', 'typeable', 'gather', 'quiz', 'orthogonal', 'Muon', 'MuonAndAdamW',
+           'matrix_optimizer', 'answer_loss', 'sight_targets', 'Sight', 'marked', 'patch_states', 'learn_to_see',
+           'pointing_accuracy', 'pretrain', 'quiz_accuracy', 'linear_probe']
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-002
 import re
@@ -33,6 +33,7 @@ from ..vlm.representation import VLM, mark, prompt, question, squash
 @dataclass(frozen=True)
 class BaseVLMConfig:
     "How the tiny VLM is made"
+    task_set: str = "webshop" # whose training tasks lead to the screens
     side: int = 160           # the whole screen is squashed to side x side pixels
     patch: int = 16           # pixels; (side / patch)^2 image tokens
     width: int = 128          # of vision tower and language model
@@ -69,6 +70,7 @@ def train_tokenizer(
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-011
 def tokenizer_texts(
     names:list[str], # of elements and pages
+    task_set:str="webshop", # whose goals it shall read
 ) -> list[str]:
     "What the tokenizer shall be good at."
     grid = [f"{i / 100:.2f}" for i in range(101)]
@@ -77,7 +79,7 @@ def tokenizer_texts(
     located = [prompt(q, f"{y} {x}") for q, (y, x) in zip(questions, points)]
     def about(n): return prompt(f"Where is the {n}?", n), prompt(f"Is there a {n}?", "Yes"), prompt("?", "No")
     named = [text for n in names for text in about(n)]
-    return located + named * 10 + [t.goal for t in T.load("webshop", "train")]
+    return located + named * 10 + [t.goal for t in T.load(task_set, "train")]
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-011b
 def _asked_about(grid): # actions of every kind, with every coordinate
@@ -152,15 +154,15 @@ def name_at(
 def page_name(
     phone:SimPhone,
     roles:set[str], # of the visible elements
-) -> str: # e.g. "results", "home, covered", "typing"
+) -> str: # e.g. "results", "home, covered", "clock, alarms", "typing"
     "Which page is showing."
     hidden = {"spinner": "loading", "enter key": "typing", "tab card": "tabs"}
     for role in hidden:
         if role in roles: return hidden[role]
     state = phone.state()
-    if state["app"] != "browser": return state["app"]
-    browser = state["apps"]["browser"]
-    page = browser["tabs"][browser["tab"]][-1]
+    own = state["apps"][state["app"]]
+    if state["app"] != "browser": return f"{state['app']}, {own['stack'][-1]['page']}" if "stack" in own else state["app"]
+    page = own["tabs"][own["tab"]][-1]
     return page["kind"] + ", covered" * ("scrim" in roles or bool(page.get("popup")))
 
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-025
@@ -182,6 +184,12 @@ def random_action(
     if kind == "key": return A.press(rng.choice(["back", "home", "enter"], p=[.6, .2, .2]))
     return A.tap(*rng.random(2))
 
+def typeable(
+    task:T.Task, # of any set
+) -> str:
+    "What a hand may type that has to do with a task."
+    return task.query or task.site or task.goal.split()[-1]
+
 # %% ../../nbs/workshop/80_base_vlm.ipynb #45-026
 def gather(
     n:int, # screens
@@ -189,8 +197,8 @@ def gather(
     seed:int=0, # of the episodes; another seed gives other episodes
 ) -> Screens:
     "Screens of training tasks, by an oracle that slips."
-    screens, tasks, episode = Screens(), T.load("webshop", "train"), 0
-    words = [t.query or t.site for t in tasks]
+    screens, tasks, episode = Screens(), T.load(config.task_set, "train"), 0
+    words = list(map(typeable, tasks))
     with progress(total=n, desc="gather screens") as bar:
         while len(screens) < n:
             before, rng = len(screens), np.random.default_rng(derive_seed(seed, "gather", episode))
@@ -463,7 +471,7 @@ def pretrain(
 ) -> tuple[VLM, Sight, list[float]]: # the model, what its tower was taught by, its losses
     "Make a VLM that knows what is on a screen."
     names = sorted({n for e in screens.elements for n, _ in e} | {"background"})
-    vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages))), seed)
+    vlm = build_vlm(config, tokenizer_texts(names + sorted(set(screens.pages)), config.task_set), seed)
     sight, _ = learn_to_see(vlm, screens, config, seed)
     vlm.model.model.vision_tower.requires_grad_(False)
     optimizer, schedule = _optimizer(vlm.model, config, config.steps)
