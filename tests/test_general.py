@@ -6,6 +6,7 @@ import json, os, random
 from itertools import islice
 
 import pytest
+from digiq import actions as A
 from digiq.env import perform
 from digiq.phone import SimPhone, distance, oracle, ui
 from digiq.phone.apps import APPS
@@ -14,8 +15,8 @@ from digiq.phone.general import SIZES, check_template, monkey, solve, tasks, wan
 from digiq.phone.templates import beginning, changes, templates
 from digiq.tasks import load
 
-USERS, STEPS = 40, 25 # episodes of users without a plan, and their steps
 WHOLE = "DIGIQ_WHOLE" in os.environ
+USERS, STEPS = 400 if WHOLE else 40, 25 # episodes of users without a plan, and their steps
 
 
 def some(of, n, seed=0):
@@ -90,6 +91,11 @@ def test_the_oracle_brings_the_goal_one_step_nearer():
         copy = phone.fork().reseed(None)
         perform(copy, oracle(copy, task))
         assert distance(copy, task) == here - 1, (task.goal, phone.now["apps"].get(phone.now["app"]))
+
+
+def test_the_oracle_knows_a_way_from_anywhere():
+    for phone, task in wandering(6):
+        if not phone.judge(task): A.render(oracle(phone, task))
 
 
 def test_random_actions_do_no_harm():

@@ -49,9 +49,12 @@ class Passing(Template):
 # %% ../../nbs/phone/34x_across.ipynb #34x-010
 @template("share the newest picture", "gallery", "messages", level=3, horizon=15)
 class ShareNewest(Passing):
-    goals = ("Share the newest picture with {name}", "Send {name} the picture that I took last",
-             "Share my latest photo from the gallery with {name}")
-    held_out = ("{name} should get my newest picture",)
+    goals = ("Share the newest picture with {name} in a message",
+             "Send {name} in a message the picture that I took last",
+             "Share my latest photo from the gallery with {name} in a message")
+    held_out = ("{name} should get my newest picture in a message",)
+    def fill(self, rng, data):
+        return super().fill(rng, data) if on_show(data["gallery"])[0]["kind"] == "photo" else None
     def text(self, data, f): return f"Picture: {on_show(data['gallery'])[0]['look']}"
     def share(self, phone, f, *events):
         return go(phone, "gallery", ("picture", on_show(phone.data["gallery"])[0]["id"]),
@@ -60,11 +63,12 @@ class ShareNewest(Passing):
 # %% ../../nbs/phone/34x_across.ipynb #34x-012
 @template("share a picture", "gallery", "messages", level=3, horizon=15, unseen=True)
 class SharePicture(Passing):
-    goals = ("Share the picture of the {look} with {name}", "Send {name} the {look} picture from the gallery",
-             "Let {name} have the picture with the {look}")
-    held_out = ("{name} asked for the picture of the {look}",)
+    goals = ("Share the picture of the {look} with {name} in a message",
+             "Send {name} the {look} picture from the gallery in a message",
+             "Let {name} have the picture with the {look}: share it in a message")
+    held_out = ("{name} asked for the picture of the {look}: share it in a message",)
     def fill(self, rng, data):
-        p = rng.choice(on_show(data["gallery"]))
+        p = rng.choice(on_show(data["gallery"], kind="photo"))
         return {**super().fill(rng, data), "look": p["look"], "id": p["id"]}
     def text(self, data, f): return f"Picture: {f.look}"
     def share(self, phone, f, *events):
@@ -73,9 +77,10 @@ class SharePicture(Passing):
 # %% ../../nbs/phone/34x_across.ipynb #34x-015
 @template("share a video", "play", "messages", level=3, horizon=15)
 class ShareVideo(Passing):
-    goals = ("Share the video {title} with {name}", "Send {name} the video {title}",
-             "Recommend the video {title} to {name} in a message")
-    held_out = ("{name} should see the video {title}: share it",)
+    goals = ("Open the video “{title}” and share it with {name} in a message",
+             "Find the video “{title}” and share it from its page with {name} in a message",
+             "Recommend the video “{title}” to {name}: share it from its page in a message")
+    held_out = ("{name} should see the video “{title}”: open it and share it in a message",)
     def fill(self, rng, data):
         id = rng.choice(VIDEOS)
         return {**super().fill(rng, data), "title": video(id)["title"], "id": id}
@@ -89,9 +94,10 @@ class ShareVideo(Passing):
 # %% ../../nbs/phone/34x_across.ipynb #34x-017
 @template("share an app", "store", "messages", level=3, horizon=15)
 class ShareApp(Passing):
-    goals = ("Share the app {app} with {name}", "Send {name} the app {app} from the store",
-             "Recommend the app {app} to {name} in a message")
-    held_out = ("{name} might like the app {app}: share it from the store",)
+    goals = ("Open the app {app} in the store and share it with {name} in a message",
+             "Find the app {app} in the store and share it from its page with {name} in a message",
+             "Recommend the app {app} to {name}: share it from the store in a message")
+    held_out = ("{name} might like the app {app}: share it from the store in a message",)
     def fill(self, rng, data):
         id = rng.choice(OFFERS)
         return {**super().fill(rng, data), "app": offer(id)["title"], "id": id}
@@ -103,9 +109,10 @@ class ShareApp(Passing):
 # %% ../../nbs/phone/34x_across.ipynb #34x-020
 @template("share what is playing", "music", "messages", level=3, horizon=15)
 class ShareSong(Passing):
-    goals = ("Share the song that is playing with {name}", "Send {name} the song that I am listening to",
-             "Tell {name} in a message which song is playing: share it")
-    held_out = ("{name} wants to know what I am hearing: share the song",)
+    goals = ("Share the song that is playing from the player with {name} in a message",
+             "Open the song that I am listening to and share it with {name} in a message",
+             "Tell {name} in a message which song is playing: share it from the player")
+    held_out = ("{name} wants to know what I am hearing: share the song from the player in a message",)
     def setup(self, data, f): return {"music": {**data["music"], "playing": {"song": f.id, "is": "playing",
                                                                              "from": "songs"}}}
     def fill(self, rng, data): return {**super().fill(rng, data), "id": rng.randrange(1, 121)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['APPS', 'ICONS', 'MORE', 'DOCK', 'BROWSER_PLACE', 'Episode', 'App', 'app', 'NotSetUp', 'find_app', 'Launcher',
-           'launcher_icon', 'icon_grid', 'strip']
+           'launcher_icon', 'app_disc', 'icon_grid', 'strip']
 
 # %% ../../nbs/phone/32_apps.ipynb #11a-003
 from dataclasses import dataclass
@@ -233,6 +233,16 @@ def launcher_icon(
     label, glyph, tile = (ICONS | MORE)[name]
     role = "browser icon" if name == "browser" else "app icon"
     return ui.app_icon(label, glyph, tile, on=("launch", name), role=role, label_color=color)
+
+# %% ../../nbs/phone/32_apps.ipynb #32-030
+def app_disc(
+    name: str,     # of an app
+    size: int = 84, # diameter, px
+) -> ui.Node:
+    "The symbol of an app on a disc of its colour."
+    _, glyph, color = (ICONS | MORE)[name]
+    mark = ui.icon(glyph, size // 8 * 4, ui.on_color(color))
+    return ui.row(ui.spacer(), mark, ui.spacer(), bg=color, width=size, height=size, radius=size // 2)
 
 # %% ../../nbs/phone/32_apps.ipynb #32-023
 def icon_grid(

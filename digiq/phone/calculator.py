@@ -13,9 +13,10 @@ from functools import lru_cache
 
 from . import design, ui
 from .apps import app
+from .notes import Noting
 from .pages import PagedApp, added, record, removed, sent, stored
-from .templates import (ANY, NEW, Template, changed, changes, fill, fulfilled, go, gone, new, once, tap,
-                                   template, value)
+from .templates import (NEW, Template, changed, changes, fill, fulfilled, go, gone, once, says, tap, template,
+                                   value)
 
 # %% ../../nbs/phone/34l_calculator.ipynb #34l-006
 WORKS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -283,7 +284,7 @@ class Percent(_Reckoning):
 class Root(_Reckoning):
     goals = ("What is the square root of {n}? Use the calculator", "Calculate the square root of {n}",
              "Work out the root of {n} with the calculator")
-    held_out = ("Let the calculator draw the square root of {n}",)
+    held_out = ("Let the calculator work out the square root of {n}",)
     def fill(self, rng, data): return {"n": rng.randrange(101, 4000)}
     def shown(self, phone, f): return displayed(phone) == reckon(f"r{f.n}")
     def moves(self, phone, f): return enter(phone, f"r{f.n}")
@@ -390,26 +391,25 @@ class Convert(Template):
 
 # %% ../../nbs/phone/34l_calculator.ipynb #34l-053
 @template("write a result into a note", "calculator", "notes", level=3, horizon=15)
-class NoteResult(_Reckoning):
+class NoteResult(Noting, _Reckoning):
     goals = ("Work out {sum} and write the result into a new note",
              "Make a note with the result of {sum}; use the calculator",
              "Calculate {sum}, then note down what comes out")
-    held_out = ("I want a new note that says only how much {sum} is",)
+    held_out = ("I want a new note that says how much {sum} is",)
     def fill(self, rng, data):
         a, b, sign = rng.randrange(12, 100), rng.randrange(3, 100), rng.choice("x+-")
-        return {"sum": f"{a} {sign} {b}", "line": f"{a}{sign}{b}"}
-    def wanted(self, data, f):
-        return [new("notes", "notes", title=ANY, text=reckon(f.line), items=[], folder=0, color=ANY, pinned=False,
-                    days=0, binned=False)]
+        line = f"{a}{sign}{b}"
+        return None if says(reckon(line), f"{a} {sign} {b}") else {"sum": f"{a} {sign} {b}", "line": line}
+    def answer(self, f): return reckon(f.line)
     def moves(self, phone, f):
         stack = phone.now["apps"].get("notes", {"stack": [{"page": ""}]})["stack"]
-        if phone.now["app"] == "notes" and stack[-1]["page"] == "edit": return fill(phone, "text",
-                                                                                    reckon(f.line)) or tap(phone,
-                                                                                                           ("save", 0))
+        if phone.now["app"] == "notes" and stack[-1]["page"] == "edit":
+            return fill(phone, "text", reckon(f.line)) or tap(phone, ("save", 0))
         return enter(phone, f.line) or tap(phone, ("note down",))
     def misses(self, data, f):
-        return {"another sum": {"line": f.line + "1"}, "not saved": lambda phone,
-                f: enter(phone, f.line) or (tap(phone, ("note down",)) if phone.now["app"] == "calculator" else None)}
+        def unsaved(phone, f):
+            return enter(phone, f.line) or (tap(phone, ("note down",)) if phone.now["app"] == "calculator" else None)
+        return {"another sum": {"line": f.line + "1"}, "not saved": unsaved}
 
 # %% ../../nbs/phone/34l_calculator.ipynb #34l-055
 @template("put a result into a note", "calculator", "notes", level=3, horizon=15)

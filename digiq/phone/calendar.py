@@ -16,11 +16,11 @@ from functools import lru_cache
 
 from . import design, ui
 from .apps import app
-from .clock import type_time
+from .clock import rings_in, type_time
 from .everyday import TODAY, WEEKDAYS, clock_time, day_name, hour_of, people
 from .pages import PagedApp, added, edited, record, removed
-from .templates import (Template, beside, changed, fill, go, gone, launch, look_up, new, once, pick, showing,
-                                   tap, template)
+from .templates import (ANY, Template, beside, changed, fill, go, gone, launch, look_up, new, once, pick,
+                                   showing, tap, template)
 from .town import places
 
 # %% ../../nbs/phone/34g_calendar.ipynb #ff4a0700
@@ -509,7 +509,10 @@ class MoveTime(Template):
     goals = ("Move {title} {when} to {time}", "{title} {when} now begins at {time}: change it in the calendar",
              "Change the time of the event {title} {when} to {time}")
     held_out = ("Put {title} {when} at {time} instead",)
-    def fill(self, rng, data): return (e := some_event(rng, data)) and {**e, **some_start(rng)} or None
+    def fill(self, rng, data):
+        e, to = some_event(rng, data), some_start(rng)
+        now = e and look_up(data, "calendar", "events", id=e["id"])
+        return {**e, **to} if e and (now["hour"], now["minute"]) != (to["hour"], to["minute"]) else None
     def wanted(self, data, f):
         e, start = event_of(data, f), {"hour": f.hour, "minute": f.minute}
         return [changed("calendar", "events", f.id, **{k: v for k, v in start.items() if e[k] != v})]
@@ -524,7 +527,7 @@ class MoveTime(Template):
 class MoveDay(Template):
     goals = ("Move {title} {when} to {date}", "{title} {when} takes place on {date} instead: change the event",
              "Change the date of {title} {when} to {date}")
-    held_out = ("Postpone {title} {when}: the new day is {date}",)
+    held_out = ("Put {title} {when} on another day: {date}",)
     def fill(self, rng, data):
         e, to = some_event(rng, data), rng.randrange(2, 25)
         return {**e, "date": day_name(to), "to": to} if e and e["day"] != to else None
@@ -672,10 +675,10 @@ class AlarmFor(Template):
     held_out = ("An alarm should ring when {title} starts {when}",)
     def fill(self, rng, data):
         free = lambda e: not look_up(data, "clock", "alarms", hour=e["hour"], minute=e["minute"])
-        return some_event(rng, data, lambda e: free(e) and e["day"] < 17) or None
+        return some_event(rng, data, lambda e: free(e) and e["day"] == rings_in(e)) or None
     def wanted(self, data, f):
         e = event_of(data, f)
-        return [new("clock", "alarms", hour=e["hour"], minute=e["minute"], label="", days=[], on=True)]
+        return [new("clock", "alarms", hour=e["hour"], minute=e["minute"], label=ANY, days=[], on=True)]
     def moves(self, phone, f, late=0):
         e, own = event_of(phone.data, f), phone.now["apps"].get("calendar")
         if not own or own["fields"]["day"] != f.day: return to_day(phone, f.day) or go(phone, "calendar")

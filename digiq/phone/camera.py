@@ -423,8 +423,8 @@ def open_picture(
     return go(phone, "gallery", ("picture", id)) or tap(phone, *events)
 
 # %% ../../nbs/phone/34n_camera.ipynb #c8016564
-def _one(rng, data, deleted=False, **has): # of a filling: a picture
-    found = [p for p in data["gallery"]["pictures"] if p["deleted"] == deleted
+def _one(rng, data, deleted=False, **has): # of a filling: a picture, no video
+    found = [p for p in data["gallery"]["pictures"] if p["deleted"] == deleted and p["kind"] == "photo"
              and all(p[k] == v for k, v in has.items())]
     if not found: return None
     p = rng.choice(found)
@@ -563,8 +563,8 @@ class DeleteDay(Template):
              "Of {date}, no picture should be left: delete them")
     held_out = ("The pictures of {date} can go, all of them",)
     def fill(self, rng, data):
-        days = [p["day"] for p in on_show(data["gallery"])]
-        few = sorted({d for d in days if days.count(d) < 3})
+        days, films = ([p["day"] for p in on_show(data["gallery"], kind=k)] for k in ("photo", "video"))
+        few = sorted({d for d in days if days.count(d) < 3 and d not in films})
         day = rng.choice(few) if few else None
         return few and {"date": day_name(day), "day": day} or None
     def _ids(self, data, f): return [p["id"] for p in on_show(data["gallery"], day=f.day)]

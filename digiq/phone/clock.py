@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DAYS', 'ZONES', 'LABELS', 'alarm_note', 'Alarms', 'AlarmEvents', 'time_there', 'WorldClock', 'Timer', 'TimerEvents',
-           'Stopwatch', 'Clock', 'some_time', 'type_time', 'SetAlarm', 'SetLabelled', 'SetRepeated', 'SwitchAlarm',
-           'DeleteAlarm', 'MoveAlarm', 'LabelAlarm', 'QuietDay', 'AddCity', 'RemoveCity', 'StartTimer']
+           'Stopwatch', 'Clock', 'some_time', 'rings_in', 'type_time', 'SetAlarm', 'SetLabelled', 'SetRepeated',
+           'SwitchAlarm', 'DeleteAlarm', 'MoveAlarm', 'LabelAlarm', 'QuietDay', 'AddCity', 'RemoveCity', 'StartTimer']
 
 # %% ../../nbs/phone/34a_clock.ipynb #34a-003
 from . import design, ui
 from .apps import app
-from .everyday import NOW, WEEKDAYS, clock_time, hour_of
+from .everyday import NOW, TODAY, WEEKDAYS, clock_time, hour_of
 from .pages import PagedApp, added, edited, record, removed, stored
 from .templates import Template, changed, fill, go, gone, look_up, new, pick, tap, template, value
 
@@ -162,8 +162,8 @@ LABELS = """Gym Work School Medicine Train Breakfast Yoga Swim Market Laundry Pi
 @app("clock")
 class Clock(AlarmEvents, WorldClock, TimerEvents, Stopwatch):
     "Alarms, world clock, timer, stopwatch."
-    roots = (("alarms", "Alarms", "alarm"), ("world", "World", "globe"), ("timer", "Timer", "timer"),
-             ("stopwatch", "Stopwatch", "flag"))
+    roots = (("alarms", "Alarms", "alarm"), ("world", "World", "globe"), ("timer", "Timer", "hourglass"),
+             ("stopwatch", "Stopwatch", "timer"))
 
     def data(self, rng, people):
         times = sorted(rng.sample([(h, m) for h in range(5, 23) for m in range(0, 60, 5)], rng.randrange(3, 7)))
@@ -183,6 +183,12 @@ def some_time(
     taken = {(a["hour"], a["minute"]) for a in alarms}
     hour, minute = rng.choice([(h, m) for h in range(5, 23) for m in range(0, 60, 5) if (h, m) not in taken])
     return {"time": clock_time(hour, minute), "hour": hour, "minute": minute}
+
+def rings_in(
+    alarm: dict, # with an hour and a minute, not repeated
+) -> int:        # days
+    "When an alarm that rings once does so: today, or tomorrow where its time is past."
+    return int((alarm["hour"], alarm["minute"]) <= NOW)
 
 def type_time(
     phone,        # a `SimPhone` with the form of an alarm on show
@@ -317,7 +323,9 @@ class QuietDay(Template):
              "No alarm should ring on {day}s: switch them off")
     held_out = ("I want to sleep on {day}: turn off each alarm of that day",)
     def fill(self, rng, data):
-        days = sorted({d for a in data["clock"]["alarms"] if a["on"] for d in a["days"]})
+        on = [a for a in data["clock"]["alarms"] if a["on"]]
+        once = {WEEKDAYS[(TODAY.weekday() + rings_in(a)) % 7] for a in on if not a["days"]}
+        days = sorted({d for a in on for d in a["days"]} - once)
         full = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
         return {"day": full[WEEKDAYS.index(rng.choice(days))]} if days else None
     def _ids(self, data, f, rings=True): # of the alarms that are on and ring on the day, or do not

@@ -75,8 +75,6 @@ def first_number(
     return next((contact[k] for k in NUMBERS if contact[k]), "")
 
 # %% ../../nbs/phone/34c_contacts.ipynb #7489519d
-ui.ICONS |= {"star outline": "l 12 2 15 9 22 9.5 16.5 14 18.5 21.5 12 17.5 5.5 21.5 7.5 14 2 9.5 9 9 12 2"}
-
 def contact_row(
     contact: dict, # record
     on: tuple,     # event of a tap
@@ -285,10 +283,10 @@ class _OneContact(Template):
 # %% ../../nbs/phone/34c_contacts.ipynb #34c-038
 @template("add a contact", "contacts", level=2, horizon=14)
 class AddContact(Template):
-    goals = ("Add {name} to the contacts with the number {number}",
+    goals = ("Add {name} to the contacts with the mobile number {number}",
              "Create a contact for {name}, mobile phone {number}",
              "Save {number} as the mobile number of {name}, a new contact")
-    held_out = ("{name}'s number is {number}: keep it in the contacts",)
+    held_out = ("{name}'s mobile number is {number}: keep it in the contacts",)
     def fill(self, rng, data): return {"name": some_name(rng, data), "number": some_number(rng)}
     def wanted(self, data, f): return [new("contacts", "contacts", **contact(f.name, mobile=f.number))]
     def moves(self, phone, f): return _saved(phone, 0, name=f.name, mobile=f.number)

@@ -356,6 +356,9 @@ class ShowCall(_OneCall):
     goals = ("Show how long the call of {time} was", "Open the details of the call at {time}",
              "Show the entry of the {time} call in the call log")
     held_out = ("Let me see more about the call at {time}",)
+    def fill(self, rng, data):
+        f = super().fill(rng, data)
+        return f if look_up(data, "phone", "calls", id=f["id"])["seconds"] else None
     def shown(self, phone, f): return showing(phone, "phone", "call", f.id)
     def moves(self, phone, f): return go(phone, "phone", ("call", f.id))
 

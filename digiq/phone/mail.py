@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'NOTICES', 'FOLDERS', 'LABELS', 'letter', 'Mail', 'mail_se
 # %% ../../nbs/phone/34f_mail.ipynb #34f-003
 from . import design, ui
 from .apps import app
-from .contacts import address_book, by_name, contact_row
+from .contacts import address_book, by_name, contact_row, digits
 from .dialler import call_made
 from .everyday import NOW, clock_time, day_name, mail_of
 from .messages import TEXTS, message_sent, write_to
@@ -596,7 +596,7 @@ class MailNumber(Template):
         return {"name": a["name"], "other": b["name"], "mail": a["mail"], "number": b["mobile"], "id": b["id"]}
     def wanted(self, data, f): return [mail_sent(f.mail, ANY, ANY)]
     def done(self, phone, start, f):
-        return super().done(phone, start, f) and f.number in phone.data["mail"]["mails"][-1]["text"]
+        return super().done(phone, start, f) and digits(f.number) in digits(phone.data["mail"]["mails"][-1]["text"])
     def moves(self, phone, f):
         if move := go(phone, "mail", ("write", 0, "new")): return move
         return fill_all(phone, to=f.name, text=f.number) or tap(phone, ("deliver", 0))

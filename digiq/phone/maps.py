@@ -142,10 +142,10 @@ def _inside(base, x, y): return 40 < x < 1040 and 40 < y < base.height - 40
 def _around(x, y): return x - 42, y - 42, x + 42, y + 42 # the box of a pin
 
 # %% ../../nbs/phone/34h_maps.ipynb #b5ac4977
-def _pinned(name, icon, color, on, wide, x, y, height): # a disc with a symbol, its name below, on a map so high
+def _pinned(name, icon, color, on, wide, x, y, height, ink): # a disc with a symbol, its name below, on a map so high
     disc = ui.row(ui.spacer(), ui.icon(icon, 44, ui.WHITE), ui.spacer(), width=76, height=76, radius=38, bg=color,
                   border=(4, ui.WHITE), desc=name)
-    words, high = (ui.text(name, 32, ui.INK), 124) if wide > 76 else (None, 76)
+    words, high = (ui.text(name, 32, ink), 124) if wide > 76 else (None, 76)
     place = (y - 38) / (height - high), (x - wide / 2) / (1080 - wide)
     return ui.column(disc, words, on=on, role="pin", align="center", width=wide, height=high, place=place)
 
@@ -174,7 +174,8 @@ def with_pins(
     spots = [(*_on_map(base, *p[:2]), p) for p in pins]
     spots = [(x, y, p) for x, y, p in spots if _inside(base, x, y) and not any(_meet(_around(x, y), b) for b in free)]
     wide = _labels(spots, h, boxes) if names else [76] * len(spots)
-    out = [_pinned(p[2], *p[3:], w, x, y, h) for (x, y, p), w in zip(spots, wide)]
+    ink = ui.WHITE if base.color.startswith("satellite") else ui.INK
+    out = [_pinned(p[2], *p[3:], w, x, y, h, ink) for (x, y, p), w in zip(spots, wide)]
     clear = [p[:2] for p in pins] + [locate(HERE)[3:]]
     for x0, y0, x1, y1 in boxes:
         clear.append((base.place[0] + ((x0 + x1) / 2 - 540) / zoom, base.place[1] + ((y0 + y1) / 2 - h / 2) / zoom))
@@ -603,10 +604,14 @@ class Directions(_Placed):
              "Give me the way to {place} {by} in maps")
     held_out = ("I want to go to {place} {by}: show the way",)
     def shown(self, phone, f):
-        return showing(phone, "maps", "route", f.place) and phone.now["apps"]["maps"]["fields"]["by"] == self.mode(f)
+        if not showing(phone, "maps", "route", f.place): return False
+        held = phone.now["apps"]["maps"]["fields"]
+        return held["by"] == self.mode(f) and not held["start"] # from here
     def moves(self, phone, f):
         if self.shown(phone, f): return None
-        return to_place(phone, f.place, ("route", f.place)) or tap(phone, ("choose", "by", self.mode(f)))
+        if move := to_place(phone, f.place, ("route", f.place)): return move
+        if phone.now["apps"]["maps"]["fields"]["start"]: return ("press", "back") # opened anew, it begins here
+        return tap(phone, ("choose", "by", self.mode(f)))
 
 # %% ../../nbs/phone/34h_maps.ipynb #34h-052
 @template("navigate to a place", "maps", level=2)
@@ -790,7 +795,7 @@ class AddressInto(Template):
     goals = ("{title} today is at {place}: put its address into the event as the place",
              "Look up the address of {place} and set it as the place of {title} today",
              "Set the place of today's event {title} to the address of {place}")
-    held_out = ("Today's {title} takes place at {place}; write the street and number of it into the calendar",)
+    held_out = ("Today's {title} takes place at {place}; write its whole address into the calendar",)
     def fill(self, rng, data):
         e = some_event(rng, data, lambda e: e["day"] == 0)
         return {**e, "place": rng.choice(list(places()))} if e else None

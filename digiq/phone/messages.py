@@ -68,7 +68,7 @@ class _Lines(_Threads):
         marks = [ui.icon(icon, 40, ui.MUTED) for icon, key in (("pin", "pinned"), ("muted", "muted")) if t[key]]
         dot = ui.column(width=32, height=32, radius=16, bg=self.color) if fresh else None
         words = ui.column(ui.text(who, design.BODY, bold=fresh), small(text, ui.INK if fresh else ui.MUTED), gap=8)
-        below = ui.row(ui.spacer(), *marks, dot, height=44, width=140, gap=16)
+        below = ui.row(ui.spacer(), *marks, dot, height=44, width=140, gap=8)
         side = ui.column(small(at, ui.MUTED), below, gap=8, align="end", width="wrap")
         return ui.row(design.avatar(who if who[0].isalpha() else "?", 112), words, side, on=("open", "thread", t["id"]),
                       role="thread", pad=(28, design.EDGE), gap=36, bg=ui.PAPER)
@@ -304,9 +304,9 @@ def _text(but): return next(t for t in TEXTS if t != but) # another one
 # %% ../../nbs/phone/34e_messages.ipynb #34e-032
 @template("send a message", "messages", level=2)
 class SendMessage(Template):
-    goals = ("Send {name} the message “{text}”", "Write “{text}” to {name}", "Text {name}: “{text}”",
-             "Tell {name} in a message: “{text}”")
-    held_out = ("{name} should get the message “{text}”", "Let {name} know: “{text}”")
+    goals = ("Send {name} the text message “{text}”", "Write “{text}” to {name} in Messages", "Text {name}: “{text}”",
+             "Tell {name} in a text message: “{text}”")
+    held_out = ("{name} should get the text message “{text}”", "Let {name} know in a text message: “{text}”")
     def fill(self, rng, data):
         c = rng.choice([c for c in data["contacts"]["contacts"] if c["mobile"]])
         return {"name": c["name"], "number": c["mobile"], "text": rng.choice(TEXTS)}
@@ -413,11 +413,11 @@ class ShowThread(_OneThread):
     def moves(self, phone, f): return go(phone, "messages", ("thread", f.id))
 
 # %% ../../nbs/phone/34e_messages.ipynb #82f67a3f
-def _about(rng, data): # a filling: a thread on some subject, and a word by which a search finds it alone
+def _about(rng, data): # a filling: a thread that somebody began on a subject, and a word that is found in it alone
     threads = data["messages"]["threads"]
     first = {t["id"]: look_up(data, "messages", "messages", thread=t["id"])["text"] for t in threads}
     topic, t = rng.choice([(topic, t) for topic, talk in TALKS.items() for t in threads
-                           if first[t["id"]] == talk.split("|")[0].strip(">")])
+                           if first[t["id"]] == talk.split("|")[0]])
     return {"topic": topic, "find": topic.split()[-1], "id": t["id"], "number": t["number"]}
 
 # %% ../../nbs/phone/34e_messages.ipynb #34e-059
@@ -480,10 +480,10 @@ class NoteNumber(Template):
 # %% ../../nbs/phone/34e_messages.ipynb #34e-070
 @template("pass on a code", "messages", level=3, horizon=15)
 class PassOn(Template):
-    goals = ("Send {name} the code of the front door that {other} wrote to me",
+    goals = ("Text {name} the code of the front door that {other} wrote to me",
              "{other} sent me a door code: pass it on to {name} in a message",
-             "Write the door code to {name}; it is in the messages of {other}")
-    held_out = ("{name} needs the code of the front door, which I have from {other}",)
+             "Write the door code to {name} in Messages; it is in the messages of {other}")
+    held_out = ("{name} needs the code of the front door in a text message; I have it from {other}",)
     def fill(self, rng, data):
         m = _told(data, "The code of")
         t = look_up(data, "messages", "threads", id=m["thread"])
@@ -503,9 +503,10 @@ class PassOn(Template):
 # %% ../../nbs/phone/34e_messages.ipynb #34e-073
 @template("message the last caller", "phone", "messages", level=3, horizon=12)
 class MessageCaller(Template):
-    goals = ("Send “{text}” to the person who called last", "Write “{text}” to whoever called me last",
+    goals = ("Send the text message “{text}” to the person who called last",
+             "Write “{text}” in Messages to whoever called me last",
              "Look who called last and text that person “{text}”")
-    held_out = ("“{text}”: that should go to the last one who called me",)
+    held_out = ("“{text}”: that text message should go to the last one who called me",)
     def fill(self, rng, data):
         calls = [c for c in data["phone"]["calls"] if c["kind"] != "outgoing"]
         known = calls and name_of(data["contacts"]["contacts"], calls[-1]["number"]) != calls[-1]["number"]
@@ -526,9 +527,9 @@ class MessageCaller(Template):
 # %% ../../nbs/phone/34e_messages.ipynb #34e-076
 @template("share a number", "contacts", "messages", level=3, horizon=14, unseen=True)
 class ShareNumber(Template):
-    goals = ("Send {name} the number of {other}", "Share the mobile number of {other} with {name} in a message",
-             "Write to {name} how to reach {other} by phone")
-    held_out = ("{name} would like to have the number of {other}: send it",)
+    goals = ("Text {name} the mobile number of {other}", "Share the mobile number of {other} with {name} in a message",
+             "Write to {name} in a message on which mobile number {other} can be reached")
+    held_out = ("{name} would like to have the mobile number of {other}: send it in a message",)
     def fill(self, rng, data):
         a, b = rng.sample([c for c in data["contacts"]["contacts"] if c["mobile"]], 2)
         return {"name": a["name"], "other": b["name"], "number": a["mobile"], "told": b["mobile"], "id": b["id"]}

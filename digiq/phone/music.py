@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARTISTS', 'RECORDS', 'FIRST', 'SECOND', 'SONGS', 'COVERS', 'NAMES', 'song', 'length', 'cover', 'sources', 'song_row',
-           'menu_line', 'Music', 'find_song', 'in_menu', 'find_page', 'PlaySong', 'PlayRecord', 'PlayLongest',
-           'LikeSong', 'QueueSong', 'MakePlaylist', 'AddToPlaylist', 'RemoveFromPlaylist', 'DeletePlaylist',
-           'ShufflePlaylist', 'FollowArtist', 'PauseAndTime']
+           'menu_line', 'Music', 'find_song', 'in_menu', 'find_page', 'SongTask', 'PlaySong', 'PlayRecord',
+           'PlayLongest', 'LikeSong', 'QueueSong', 'MakePlaylist', 'AddToPlaylist', 'RemoveFromPlaylist',
+           'DeletePlaylist', 'ShufflePlaylist', 'FollowArtist', 'PauseAndTime']
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-003
 from functools import lru_cache
@@ -15,7 +15,8 @@ from . import design, ui
 from .apps import app
 from .media import Sharing, grid, scene, tools
 from .pages import PagedApp, added, edited, record, removed, stored
-from .templates import ANY, Template, changed, fill, go, gone, look_up, new, showing, tap, template, value
+from .templates import (ANY, Template, changed, changes, fill, fulfilled, go, gone, look_up, new, showing,
+                                   tap, template, value)
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-006
 ARTISTS = ("Velvet Anchor", "Mira Sundvik", "The Paper Owls", "Kestrel Lane", "Nova Hollin", "Tin Lantern",
@@ -420,6 +421,15 @@ def _any_song(rng, *taken): # of a filling: song, id
 
 def _other(id): return id % 120 + 1
 
+# %% ../../nbs/phone/34o_music.ipynb #34o-043a
+class SongTask(Template):
+    "A task whose judge lets pass what was played on the way."
+    def done(self, phone, start, f):
+        was, now = start["music"], phone.data["music"]
+        if not now["playing"]: return False
+        data = {**phone.data, "music": {**now, "playing": was["playing"]}}
+        return self.shown(phone, f) and fulfilled(self.wanted(start, f), changes(start, data))
+
 # %% ../../nbs/phone/34o_music.ipynb #34o-045
 @template("play a song", "music")
 class PlaySong(Template):
@@ -464,7 +474,7 @@ class PlayLongest(PlayRecord):
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-054
 @template("like a song", "music", horizon=14)
-class LikeSong(Template):
+class LikeSong(SongTask):
     goals = ("Add {song} to my liked songs", "Like the song {song}", "Mark {song} as a song that I like")
     held_out = ("I love {song}: keep it among the liked songs",)
     def fill(self, rng, data): return _any_song(rng, *sources(data["music"], "liked"))
@@ -477,7 +487,7 @@ class LikeSong(Template):
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-057
 @template("queue a song", "music", horizon=14)
-class QueueSong(Template):
+class QueueSong(SongTask):
     goals = ("Add {song} to the queue", "Queue the song {song}", "Let {song} come up after what is in the queue")
     held_out = ("Put {song} at the end of the queue",)
     def fill(self, rng, data): return _any_song(rng, *data["music"]["queue"])
@@ -503,7 +513,7 @@ class MakePlaylist(Template):
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-062
 @template("add to a playlist", "music", level=2, horizon=15)
-class AddToPlaylist(Template):
+class AddToPlaylist(SongTask):
     goals = ("Add {song} to the playlist {name}", "Put the song {song} on my {name} playlist",
              "Playlist {name} should have {song} on it")
     held_out = ("{song} belongs on the playlist {name}",)
@@ -572,7 +582,7 @@ class ShufflePlaylist(Template):
 
 # %% ../../nbs/phone/34o_music.ipynb #34o-071
 @template("follow the artist of a song", "music", level=3, horizon=15)
-class FollowArtist(Template):
+class FollowArtist(SongTask):
     goals = ("Follow the artist of {song}", "Find out who sings {song} and follow them",
              "Follow whoever made the song {song}")
     held_out = ("I like {song}: follow its artist",)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from . import design, ui
 from .apps import app
 from .everyday import COUNTRIES, FIRST_NAMES, LAST_NAMES, TOWNS
+from .notes import Noting
 from .pages import PagedApp, added, edited, record, removed, stored
-from .templates import (ANY, Template, changed, fill, go, gone, look_up, new, once, pick, showing, tap,
-                                   template, value, was_on)
+from .templates import (Template, changed, fill, go, gone, look_up, new, once, pick, showing,
+                                   tap, template, value, was_on)
 
 # %% ../../nbs/phone/34m_news.ipynb #34m-006
 ui.ICONS |= {"leaf": "p 4 20 5 9 12 4 21 3 20 12 15 19;l 2 22 12 12",
@@ -306,9 +307,9 @@ def to_story(
 # %% ../../nbs/phone/34m_news.ipynb #34m-039
 @template("show the news about a topic", "news", horizon=10)
 class ShowTopic(Template):
-    goals = ("Show the news about {topic}", "Open the topic {topic} in the news",
-             "What is new in {topic}? Show the stories")
-    held_out = ("I want to read about {topic} in the news",)
+    goals = ("Open the topic {topic} in the news", "Show what the news has under the topic {topic}",
+             "Among the topics of the news, go to {topic}")
+    held_out = ("I want to read the stories under the topic {topic} in the news",)
     def fill(self, rng, data): return {"topic": rng.choice(list(TOPICS))}
     def shown(self, phone, f): return showing(phone, "news", "topic", f.topic)
     def moves(self, phone, f): return go(phone, "news", "topics", ("topic", f.topic))
@@ -449,12 +450,12 @@ class HidePaper(Template):
     held_out = ("News from {paper}: {act} them",)
     def fill(self, rng, data):
         p = rng.choice(data["news"]["papers"])
-        return {"act": "show" if p["hidden"] else "hide", "paper": p["name"].removeprefix("The "), "id": p["id"]}
+        return {"act": "unhide" if p["hidden"] else "hide", "paper": p["name"].removeprefix("The "), "id": p["id"]}
     def wanted(self, data, f): return [changed("news", "papers", f.id, hidden=f.act == "hide")]
     def moves(self, phone, f): return go(phone, "news", "topics", "papers") or tap(phone, ("hide", f.id))
     def misses(self, data, f):
         other = data["news"]["papers"][f.id % len(PAPERS)]
-        return {"another paper": {"id": other["id"], "act": "show" if other["hidden"] else "hide"}}
+        return {"another paper": {"id": other["id"], "act": "unhide" if other["hidden"] else "hide"}}
 
 # %% ../../nbs/phone/34m_news.ipynb #34m-061
 @template("hide the paper of a story", "news", level=3, horizon=14, unseen=True)
@@ -492,20 +493,18 @@ class SetCountry(Template):
 
 # %% ../../nbs/phone/34m_news.ipynb #34m-067
 @template("note the author of a story", "news", "notes", level=3, horizon=15)
-class NoteAuthor(Template):
+class NoteAuthor(Noting):
     goals = ("Who wrote the story “{headline}”? Write the name into a new note",
              "Make a note with the name of the author of “{headline}”, a story in the news",
              "Look up the author of “{headline}” in the news and note down the name")
-    held_out = ("I want a note that says only who wrote “{headline}” in the news",)
+    held_out = ("I want a note that says who wrote “{headline}” in the news",)
     def fill(self, rng, data):
         f = some_story(rng, data)
         return {**f, "author": articles()[f["id"]].author}
-    def wanted(self, data, f):
-        return [new("notes", "notes", title=ANY, text=f.author, items=[], folder=0, color=ANY, pinned=False, days=0,
-                    binned=False)]
+    def answer(self, f): return f.author
     def moves(self, phone, f):
         if not was_on(phone, "news", "article", f.id): return to_story(phone, f.id)
-        return go(phone, "notes", ("edit", 0)) or fill(phone, "text", f.author) or tap(phone, ("save", 0))
+        return self.write(phone, f)
     def misses(self, data, f):
         return {"another author": {"author": articles()[(f.id + 1) % 192].author},
                 "the headline": {"author": f.headline}}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'TEXTS', 'LISTS', 'THINGS', 'FOLDERS', 'some_text', 'check_box', 'note_card', 'cards', 'kept', 'Notes',
            'a_note', 'others', 'WriteNote', 'WriteList', 'AddItem', 'TickItem', 'ThrowAway', 'RestoreNote', 'PinNote',
-           'PaintNote', 'MoveNote', 'AddFolder', 'DeleteAbout', 'TimerFromNote', 'AlarmFromNote', 'NetworkFromNote']
+           'PaintNote', 'MoveNote', 'AddFolder', 'DeleteAbout', 'Noting', 'TimerFromNote', 'AlarmFromNote',
+           'NetworkFromNote']
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-003
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ from . import design, ui
 from .apps import app
 from .everyday import STREETS, clock_time, day_name
 from .pages import PagedApp, added, at, edited, record, removed, stored
-from .templates import (ANY, Template, changed, fill, go, look_up, new, once, showing, tap, template, value,
-                                   was_on)
+from .templates import (ANY, Template, changed, fill, go, look_up, new, once, says, showing, tap, template,
+                                   value, was_on)
 
 # %% ../../nbs/phone/34j_notes.ipynb #34j-006
 ui.ICONS |= {"unpin": "l 8 2 16 2 16 9 19 14 5 14 8 9 8 2;l 12 14 12 22",
@@ -362,10 +363,10 @@ def others(
 # %% ../../nbs/phone/34j_notes.ipynb #34j-045
 @template("write a note", "notes", level=2, horizon=12)
 class WriteNote(Template):
-    goals = ("Write a note called {title} that says {text}",
-             "Create a note with the title {title} and the text {text}",
-             "New note, please: title {title}, text {text}")
-    held_out = ("Note down under {title}: {text}",)
+    goals = ("Write a note called “{title}” that says “{text}”",
+             "Create a note with the title “{title}” and the text “{text}”",
+             "New note, please: title “{title}”, text “{text}”")
+    held_out = ("Note down under “{title}”: “{text}”",)
     def fill(self, rng, data):
         free = [t for t in TEXTS if not look_up(data, "notes", "notes", title=t)]
         return {"title": rng.choice(free), "text": rng.choice(["call", "ask", "pay", "thank"]) + " the "
@@ -386,10 +387,10 @@ class WriteNote(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-047
 @template("write a checklist", "notes", level=3, horizon=15)
 class WriteList(Template):
-    goals = ("Make a checklist called {title} with {first} and {second}",
-             "Create the checklist {title}; its items are {first} and {second}",
-             "I need a checklist named {title}: {first}, {second}")
-    held_out = ("Start a list to tick off, {title}, with {first} and then {second}",)
+    goals = ("Make a checklist called “{title}” with {first} and {second}",
+             "Create the checklist “{title}”; its items are {first} and {second}",
+             "I need a checklist named “{title}”: {first}, {second}")
+    held_out = ("Start a list to tick off, “{title}”, with {first} and then {second}",)
     def fill(self, rng, data):
         title = rng.choice([t for t in LISTS if not look_up(data, "notes", "notes", title=t)])
         return {"title": title, **dict(zip(("first", "second"), rng.sample(LISTS[title], 2)))}
@@ -412,9 +413,9 @@ class WriteList(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-049
 @template("add to a checklist", "notes", level=2, horizon=14)
 class AddItem(Template):
-    goals = ("Add {item} to the checklist {title}", "Put {item} on my {title} list",
-             "The {title} checklist also needs {item}")
-    held_out = ("{item} is missing on the {title} list: add it",)
+    goals = ("Add {item} to the checklist “{title}”", "Put {item} on my “{title}” list",
+             "The “{title}” checklist also needs {item}")
+    held_out = ("{item} is missing on the “{title}” list: add it",)
     def fill(self, rng, data):
         n = a_note(rng, data, True)
         held = n and {i["text"] for i in n["items"]}
@@ -435,9 +436,9 @@ class AddItem(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-051
 @template("tick an item", "notes", horizon=10)
 class TickItem(Template):
-    goals = ("Tick off {item} on the {title} checklist", "Mark {item} as done in the list {title}",
-             "Check {item} on my {title} list")
-    held_out = ("{item} is done, says the {title} list from now on",)
+    goals = ("Tick off {item} on the “{title}” checklist", "Mark {item} as done in the list “{title}”",
+             "Check {item} on my “{title}” list")
+    held_out = ("{item} is done, says the “{title}” list from now on",)
     def fill(self, rng, data):
         n = a_note(rng, data, True)
         left = [(k, i["text"]) for k, i in enumerate(n["items"]) if not i["done"]] if n else []
@@ -458,8 +459,8 @@ class TickItem(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-053
 @template("throw a note away", "notes", horizon=10)
 class ThrowAway(Template):
-    goals = ("Delete the note {title}", "Move the note called {title} to the bin", "Throw away my {title} note")
-    held_out = ("I am done with the note {title}, get rid of it",)
+    goals = ("Delete the note “{title}”", "Move the note called “{title}” to the bin", "Throw away my “{title}” note")
+    held_out = ("I am done with the note “{title}”, get rid of it",)
     def fill(self, rng, data):
         n = a_note(rng, data)
         return {"title": n["title"], "id": n["id"]}
@@ -472,9 +473,9 @@ class ThrowAway(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-055
 @template("restore a note", "notes", horizon=10, unseen=True)
 class RestoreNote(Template):
-    goals = ("Get the note {title} back out of the bin", "Restore the deleted note {title}",
-             "I threw {title} away by mistake: bring the note back")
-    held_out = ("{title} should not be in the bin of the notes",)
+    goals = ("Get the note “{title}” back out of the bin", "Restore the deleted note “{title}”",
+             "I threw “{title}” away by mistake: bring the note back")
+    held_out = ("“{title}” should not be in the bin of the notes",)
     def binned(self, data): return [n for n in data["notes"]["notes"] if n["binned"]]
     def fill(self, rng, data):
         n = rng.choice(self.binned(data))
@@ -489,8 +490,8 @@ class RestoreNote(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-057
 @template("pin a note", "notes", horizon=10)
 class PinNote(Template):
-    goals = ("{act} the note {title}", "{act} my note called {title}", "Open the notes and {act} {title}")
-    held_out = ("In the notes, {act} the one named {title}",)
+    goals = ("{act} the note “{title}”", "{act} my note called “{title}”", "Open the notes and {act} “{title}”")
+    held_out = ("In the notes, {act} the one named “{title}”",)
     def fill(self, rng, data):
         n = a_note(rng, data)
         return {"act": "unpin" if n["pinned"] else "pin", "title": n["title"], "id": n["id"]}
@@ -504,9 +505,9 @@ class PinNote(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-059
 @template("colour a note", "notes", horizon=10)
 class PaintNote(Template):
-    goals = ("Make the note {title} {color}", "Give the note {title} the colour {color}",
-             "Colour my {title} note {color}")
-    held_out = ("I want to see {title} in {color} among my notes",)
+    goals = ("Make the note “{title}” {color}", "Give the note “{title}” the colour {color}",
+             "Colour my “{title}” note {color}")
+    held_out = ("I want to see “{title}” in {color} among my notes",)
     def fill(self, rng, data):
         n = a_note(rng, data)
         return {"title": n["title"], "color": rng.choice([c for c in COLORS if c != n["color"]]), "id": n["id"]}
@@ -520,9 +521,9 @@ class PaintNote(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-061
 @template("move a note", "notes", level=2, horizon=10)
 class MoveNote(Template):
-    goals = ("Move the note {title} to the folder {folder}", "Put my note {title} into the folder {folder}",
-             "File the note {title} under {folder}")
-    held_out = ("The note {title} belongs into {folder}",)
+    goals = ("Move the note “{title}” to the folder {folder}", "Put my note “{title}” into the folder {folder}",
+             "File the note “{title}” under {folder}")
+    held_out = ("The note “{title}” belongs into {folder}",)
     def fill(self, rng, data):
         n = a_note(rng, data)
         to = rng.choice([f for f in data["notes"]["folders"] if f["id"] != n["folder"]])
@@ -575,6 +576,20 @@ class DeleteAbout(Template):
                 or tap(phone, ("throw away", other)),
                 "only found": lambda phone, f: None if was_on(phone, "notes", "note", f.id) else self.moves(phone, f)}
 
+# %% ../../nbs/phone/34j_notes.ipynb #34j-081
+class Noting(Template):
+    "A new note that says what was found out; it may say more."
+    def answer(self, f): return f.value
+    def wanted(self, data, f):
+        return [new("notes", "notes", title=ANY, text=ANY, items=[], folder=0, color=ANY, pinned=False, days=0,
+                    binned=False)]
+    def done(self, phone, start, f):
+        if not super().done(phone, start, f): return False
+        note = phone.data["notes"]["notes"][-1]
+        return says(self.answer(f), note["title"], note["text"])
+    def write(self, phone, f):
+        return go(phone, "notes", ("edit", 0)) or fill(phone, "text", self.answer(f)) or tap(phone, ("save", 0))
+
 # %% ../../nbs/phone/34j_notes.ipynb #34j-068
 class _NoteFirst(Template):
     "A task of which the note tells the rest: `told(f)` is its text, `id` its number, `then` what follows."
@@ -589,10 +604,10 @@ class _NoteFirst(Template):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-069
 @template("a timer as in a note", "notes", "clock", level=3, horizon=15)
 class TimerFromNote(_NoteFirst):
-    goals = ("Start a timer for as long as the note {title} says",
-             "Read the note {title} and start the timer for the time in it",
-             "How long does the note {title} say? Set a timer for that")
-    held_out = ("Time it: the note {title} has the minutes",)
+    goals = ("Start a timer for as long as the note “{title}” says",
+             "Read the note “{title}” and start the timer for the time in it",
+             "How long does the note “{title}” say? Set a timer for that")
+    held_out = ("Time it: the note “{title}” has the minutes",)
     def fill(self, rng, data):
         n = a_note(rng, data, False)
         return n and {"title": n["title"], "minutes": rng.randrange(6, 58), "id": n["id"]}
@@ -609,10 +624,10 @@ class TimerFromNote(_NoteFirst):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-071
 @template("an alarm as in a note", "notes", "clock", level=3, horizon=15)
 class AlarmFromNote(_NoteFirst):
-    goals = ("Turn {state} the alarm that the note {title} is about",
-             "The note {title} names an alarm: switch it {state}",
-             "Look into the note {title} and turn the alarm in it {state}")
-    held_out = ("Which alarm does {title} mean in the notes? It should be {state}",)
+    goals = ("Turn {state} the alarm that the note “{title}” is about",
+             "The note “{title}” names an alarm: switch it {state}",
+             "Look into the note “{title}” and turn the alarm in it {state}")
+    held_out = ("Which alarm does “{title}” mean in the notes? It should be {state}",)
     def fill(self, rng, data):
         n, a = a_note(rng, data, False), rng.choice(data["clock"]["alarms"])
         return n and {"state": "off" if a["on"] else "on", "title": n["title"],
@@ -628,10 +643,10 @@ class AlarmFromNote(_NoteFirst):
 # %% ../../nbs/phone/34j_notes.ipynb #34j-073
 @template("a network as in a note", "notes", "settings", level=3, horizon=15, unseen=True)
 class NetworkFromNote(_NoteFirst):
-    goals = ("Connect to the Wi-Fi network that the note {title} names",
-             "The note {title} says which Wi-Fi to use: connect to it",
-             "Read the note {title} and join the Wi-Fi in it")
-    held_out = ("Use the Wi-Fi from my note {title}",)
+    goals = ("Connect to the Wi-Fi network that the note “{title}” names",
+             "The note “{title}” says which Wi-Fi to use: connect to it",
+             "Read the note “{title}” and join the Wi-Fi in it")
+    held_out = ("Use the Wi-Fi from my note “{title}”",)
     def fill(self, rng, data):
         n, net = a_note(rng, data, False), rng.choice(data["settings"]["networks"][1:])
         return n and {"title": n["title"], "name": net["name"], "net": net["id"], "id": n["id"]}

@@ -10,7 +10,7 @@ __all__ = ['LINKS', 'SWITCHES', 'LEVELS', 'CHOICES', 'NETWORKS', 'PERMISSIONS', 
 
 # %% ../../nbs/phone/34b_settings.ipynb #34b-003
 from . import design, ui
-from .apps import ICONS, MORE, app
+from .apps import ICONS, MORE, app, app_disc
 from .pages import PagedApp, edited, record, stored
 from .templates import Template, changed, go, look_up, showing, tap, template, value
 
@@ -138,8 +138,10 @@ def setting_of(
 class AppPages(PagedApp):
     "What an app may do and how much room it takes."
     def page_apps(self, state, ep):
+        known = {label: name for name, (label, *_) in (ICONS | MORE).items()}
+        disc = lambda name: app_disc(known[name], 96) if name in known else design.avatar(name, 96)
         row = lambda a: design.list_row(a["name"], ("open", "app", a["id"]), f"{a['storage'] + a['cache']} MB",
-                                        design.avatar(a["name"], 96))
+                                        disc(a["name"]))
         return design.Page("Apps", [row(a) for a in state["data"]["apps"]])
 
     def page_app(self, state, ep, id):
@@ -222,9 +224,9 @@ class Settings(NetworkEvents, AppPages, Storage, Search):
 # %% ../../nbs/phone/34b_settings.ipynb #34b-031
 @template("switch a setting", "settings", horizon=10)
 class SwitchSetting(Template):
-    goals = ("Turn {state} {label} in the settings", "Switch {label} {state}",
-             "Go to the settings and turn {label} {state}", "Make sure that {label} is {state}")
-    held_out = ("{label} should be {state}", "Please set {label} to {state}")
+    goals = ("Turn {state} “{label}” in the settings", "Switch “{label}” {state}",
+             "Go to the settings and turn “{label}” {state}", "Make sure that “{label}” is {state}")
+    held_out = ("“{label}” should be {state}", "Please set “{label}” to {state}")
     def fill(self, rng, data):
         key = rng.choice(list(SWITCHES))
         return {"label": SWITCHES[key][1], "state": "off" if data["settings"][key] else "on", "key": key}
@@ -237,9 +239,9 @@ class SwitchSetting(Template):
 # %% ../../nbs/phone/34b_settings.ipynb #34b-033
 @template("set two switches", "settings", level=3, horizon=15)
 class SetTwo(Template):
-    goals = ("Turn {one} {state} and {two} {other}", "Switch {one} {state}, then {two} {other}",
-             "In the settings, turn {one} {state} and {two} {other}")
-    held_out = ("{one} should be {state} and {two} {other}",)
+    goals = ("Turn “{one}” {state} and “{two}” {other}", "Switch “{one}” {state}, then “{two}” {other}",
+             "In the settings, turn “{one}” {state} and “{two}” {other}")
+    held_out = ("“{one}” should be {state} and “{two}” {other}",)
     def fill(self, rng, data):
         a, b = rng.sample(list(SWITCHES), 2)
         one, two = ("off" if data["settings"][k] else "on" for k in (a, b))

@@ -443,7 +443,7 @@ class SwitchAndUpdate(Template):
              "First set {label} to {state}, after that bring {app} up to date")
     held_out = ("{label} should be {state} and {app} up to date",)
     def fill(self, rng, data):
-        key = rng.choice(("mobile data", "data saver", "saver", "updates", "hotspot"))
+        key = rng.choice(("mobile data", "data saver", "saver", "hotspot"))
         return {**_one(rng, data, installed=True, current=False), "label": SWITCHES[key][1], "key": key,
                 "state": "off" if data["settings"][key] else "on"}
     def wanted(self, data, f): return [value("settings", f.key, f.state == "on"),

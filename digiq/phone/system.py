@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['WHAT', 'USES', 'POSTS', 'QUICK', 'MOST', 'WIDE', 'GAP', 'ANSWERS', 'TOP', 'BOTTOM', 'LONG', 'label', 'may', 'refused',
            'without', 'Notice', 'posts', 'notices', 'noticed', 'Status', 'status', 'with_status', 'dressed', 'System',
-           'is_on', 'app_disc', 'notice_card', 'Notes', 'Quick', 'ShadeEvents', 'Shade', 'thumbnail', 'recent',
-           'with_recent', 'closed', 'RecentsEvents', 'Recents', 'undecided', 'lacking', 'Permission', 'gesture']
+           'is_on', 'notice_card', 'Notes', 'Quick', 'ShadeEvents', 'Shade', 'thumbnail', 'recent', 'with_recent',
+           'closed', 'RecentsEvents', 'Recents', 'undecided', 'lacking', 'Permission', 'gesture']
 
 # %% ../../nbs/phone/34y_system.ipynb #34y-003
 from typing import NamedTuple
 
 from . import design, ui
-from .apps import ICONS, MORE, App, app, find_app
+from .apps import ICONS, MORE, App, app, app_disc, find_app
 from .calendar import occurs
 from .contacts import name_of
-from .dark import altered, dark
+from .dark import GROUNDS, NIGHT, altered, dark
 from .everyday import NOW, TODAY, WEEKDAYS, clock_time, day_name
 from .media import told
 from .music import song
@@ -268,16 +268,6 @@ def _handle(on, role): # at the lower end
     pill = ui.node("space", width=160, height=14, bg="#80868b", radius=7)
     return ui.row(ui.spacer(), pill, ui.spacer(), on=on, role=role, height=96, desc=role.capitalize())
 
-# %% ../../nbs/phone/34y_system.ipynb #34y-027
-def app_disc(
-    name: str,     # of an app
-    size: int = 84, # diameter, px
-) -> ui.Node:
-    "The symbol of an app on a disc of its colour."
-    _, glyph, color = (ICONS | MORE)[name]
-    mark = ui.icon(glyph, size // 8 * 4, ui.on_color(color))
-    return ui.row(ui.spacer(), mark, ui.spacer(), bg=color, width=size, height=size, radius=size // 2)
-
 # %% ../../nbs/phone/34y_system.ipynb #34y-119
 def notice_card(
     n: Notice, # to be shown
@@ -414,6 +404,7 @@ def _paint_thumbnail(im, n, x, y, w, h, s):
     im.paste(small, (round(x * s), round(y * s)))
 
 ui._LEAVES["thumbnail"] = _paint_thumbnail
+NIGHT["thumbnail"] = lambda n: altered(n, children=tuple(map(dark, n.children)), bg=GROUNDS[ui.PAPER])
 
 # %% ../../nbs/phone/34y_system.ipynb #34y-042
 def recent(
@@ -430,7 +421,8 @@ def with_recent(
     "Take note of the app that is used."
     here, names = state["app"], state.get("recent", [])
     if here not in ICONS | MORE or names[:1] == [here]: return state
-    return {**state, "recent": [here, *[n for n in names if n != here]]}
+    way = [here, *state.get("way", [])][:3] # with what was used twice
+    return {**state, "recent": [here, *[n for n in names if n != here]], "way": way}
 
 # %% ../../nbs/phone/34y_system.ipynb #34y-127
 def closed(

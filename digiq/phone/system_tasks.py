@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOME', 'shade', 'recents', 'swept_away', 'QuickSwitch', 'QuickBrightness', 'ChangeTheme', 'some_notice',
-           'other_notice', 'OpenNotice', 'DismissNotice', 'ClearApp', 'ClearAll', 'AnswerNotice', 'Question', 'Refuse',
-           'Grant', 'CloseApp', 'SwitchBack']
+           'other_notice', 'OpenNotice', 'DismissNotice', 'Clearing', 'ClearApp', 'ClearAll', 'AnswerNotice',
+           'Question', 'Refuse', 'Grant', 'CloseApp', 'SwitchBack']
 
 # %% ../../nbs/phone/34z_system_tasks.ipynb #34z-003
 from types import SimpleNamespace
@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from .messages import TEXTS, message_sent
 from .settings import NEEDS, AllowPermission, setting_of
 from .system import QUICK, is_on, label, noticed, notices, recent, undecided
-from .templates import Template, changed, fill, go, gone, launch, look_up, new, showing, tap, template, value
+from .templates import (Template, changed, changes, fill, go, gone, launch, look_up, new, showing, tap,
+                                   template, value)
 
 # %% ../../nbs/phone/34z_system_tasks.ipynb #34z-006
 def shade(
@@ -118,12 +119,16 @@ class OpenNotice(Template):
              "Look at what {app} announces: open its notification “{title}”")
     held_out = ("There is a notification from {app}, “{title}”: open it",)
     def fill(self, rng, data): return some_notice(rng, data)
-    def shown(self, phone, f): return showing(phone, f.name, *f.open)
+    def shown(self, phone, f):
+        seen = phone.now["apps"].get("shade", {}).get("seen", [])
+        return [f.name, f.key] in seen and showing(phone, f.name, *f.open)
     def moves(self, phone, f):
         waits = any((n.app, n.key) == (f.name, f.key) for n in noticed(phone))
         if waits: return shade(phone) or tap(phone, ("show", f.name, f.key))
         return go(phone, f.name, f.open[0] if len(f.open) == 1 else f.open) # it was seen before
-    def misses(self, data, f): return other_notice(data, f)
+    def misses(self, data, f):
+        return {"by the app": lambda phone, f: go(phone, f.name, f.open[0] if len(f.open) == 1 else f.open),
+                **other_notice(data, f)}
 
 # %% ../../nbs/phone/34z_system_tasks.ipynb #34z-018
 @template("dismiss a notification", "shade", horizon=10)
@@ -140,10 +145,19 @@ class DismissNotice(Template):
         return {"opened": opened, **other_notice(data, f)}
 
 # %% ../../nbs/phone/34z_system_tasks.ipynb #34z-020
-def _keys(data, name): return [n.key for n in notices(data) if n.app == name and not n.ongoing]
+class Clearing(Template):
+    "Notifications that are to go: each one is swept away, or opened, after which it has gone, too."
+    def named(self, n, f): return True # whether it is one of them
+    def some(self, found, f): return [n for n in found if not n.ongoing and self.named(n, f)]
+    def wanted(self, data, f):
+        return [new("shade", "dismissed", by=n.app, key=n.key) for n in self.some(notices(data), f)]
+    def done(self, phone, start, f):
+        wanted = self.wanted(start, f)
+        only = all(c in wanted for c in changes(start, phone.data))
+        return only and self.shown(phone, f) and not self.some(noticed(phone), f)
 
 @template("clear the notifications of an app", "shade", level=2, unseen=True)
-class ClearApp(Template):
+class ClearApp(Clearing):
     goals = ("Clear all notifications of the {app} app, and no others", "Swipe away every notification from {app}",
              "Dismiss what {app} announces and leave the other notifications")
     held_out = ("I want no notification of {app} to be left, but all the others",)
@@ -151,13 +165,13 @@ class ClearApp(Template):
         apps = sorted({n.app for n in notices(data) if not n.ongoing})
         name = rng.choice(apps) if len(apps) > 1 else None
         return name and {"app": label(name), "name": name}
-    def wanted(self, data, f): return [new("shade", "dismissed", by=f.name, key=k) for k in _keys(data, f.name)]
+    def named(self, n, f): return n.app == f.name
     def moves(self, phone, f):
-        left = _keys(phone.data, f.name)
-        return swept_away(phone, f.name, left[0]) if left else None
+        left = self.some(noticed(phone), f)
+        return swept_away(phone, f.name, left[0].key) if left else None
     def misses(self, data, f):
         def every(phone, f):
-            if any(not n.ongoing for n in notices(phone.data)): return shade(phone) or tap(phone, ("clear",))
+            if any(not n.ongoing for n in noticed(phone)): return shade(phone) or tap(phone, ("clear",))
         other = next(n.app for n in notices(data) if n.app != f.name and not n.ongoing)
         return {"those of all apps": every, "another app": {"name": other}}
 
@@ -165,18 +179,16 @@ class ClearApp(Template):
 SOME = "maps", "weather", "files", "gallery", "calculator", "news", "contacts", "calendar", "play" # apps to go to
 
 @template("clear all and open an app", "shade", level=2)
-class ClearAll(Template):
+class ClearAll(Clearing):
     goals = ("Clear all notifications, then open {app}", "Dismiss every notification and go to the {app} app",
              "Empty the notification shade and open {app} afterwards")
     held_out = ("No notification should be left; then show me {app}",)
     def fill(self, rng, data):
         name = rng.choice(SOME)
         return {"app": label(name), "name": name} if any(not n.ongoing for n in notices(data)) else None
-    def wanted(self, data, f):
-        return [new("shade", "dismissed", by=n.app, key=n.key) for n in notices(data) if not n.ongoing]
     def shown(self, phone, f): return phone.now["app"] == f.name
     def moves(self, phone, f):
-        if any(not n.ongoing for n in notices(phone.data)): return shade(phone) or tap(phone, ("clear",))
+        if self.some(noticed(phone), f): return shade(phone) or tap(phone, ("clear",))
         return launch(phone, f.name)
     def misses(self, data, f): return {"not cleared": lambda phone, f: launch(phone, f.name)}
 
@@ -236,6 +248,9 @@ class Refuse(Question):
 @template("grant a permission", "permission", level=2, horizon=10, unseen=True)
 class Grant(Question):
     answer, other = "always", "never"
+    def done(self, phone, start, f): # “Only this time” will do
+        once = [f.name, f.what] in phone.now["apps"].get("permission", {}).get("once", [])
+        return super().done(phone, start, f) or once and self.shown(phone, f) and not changes(start, phone.data)
     goals = ("Open {app} and allow it to use the {what}, then go to {then}",
              "When {app} asks for the {what}, allow it; open {then} afterwards",
              "Start the {app} app, grant it access to the {what}, and open {then}")
@@ -271,11 +286,13 @@ class SwitchBack(Template):
         one, two = rng.sample(SOME, 2)
         return {"one": label(one), "two": label(two), "first": one, "second": two}
     def shown(self, phone, f):
-        return phone.now["app"] == f.first and phone.now.get("recent", [])[:2] == [f.first, f.second]
+        return phone.now["app"] == f.first and phone.now.get("way") == [f.first, f.second, f.first]
     def moves(self, phone, f):
-        used = phone.now.get("recent", [])
+        used = phone.now.get("way", [])
         if used[:2] == [f.second, f.first]: return recents(phone) or tap(phone, ("launch", f.first))
         return launch(phone, f.second if used[:1] == [f.first] else f.first)
     def misses(self, data, f):
         stays = lambda phone, f: None if phone.now["app"] == f.second else self.moves(phone, f)
-        return {"the other way round": {"first": f.second, "second": f.first}, "not back": stays}
+        late = lambda phone, f: launch(phone, f.first if f.second in phone.now.get("way", []) else f.second)
+        return {"the other way round": {"first": f.second, "second": f.first}, "not back": stays,
+                "without the first visit": late}

@@ -6,10 +6,10 @@
 __all__ = ['NEW', 'ANY', 'KINDS', 'WAIT', 'MARGIN', 'Change', 'value', 'new', 'gone', 'changed', 'changes', 'alike', 'fulfilled',
            'Content', 'contents', 'beginning', 'Kind', 'kind_of', 'filling', 'Template', 'template', 'templates',
            'reachable', 'whereabouts', 'tap', 'launch', 'go', 'fill', 'pick', 'fill_all', 'find', 'showing', 'look_up',
-           'was_on', 'beside', 'once']
+           'was_on', 'says', 'beside', 'once']
 
 # %% ../../nbs/phone/32b_templates.ipynb #32b-003
-import json, random
+import json, random, re
 from functools import lru_cache
 from string import Formatter
 from types import SimpleNamespace
@@ -361,6 +361,15 @@ def was_on(
     "Whether a page has been looked at."
     stack = phone.now["apps"].get(app, {"stack": []})["stack"]
     return [page, *of] in [[p["page"], *p["of"]] for p in stack]
+
+# %% ../../nbs/phone/32b_templates.ipynb #32b-042
+def says(
+    value: str,  # what was to be found out
+    *texts: str, # what somebody wrote
+) -> bool:       # not where it is only a part of a longer word or number
+    "Whether a text holds a value, alone or in a sentence."
+    whole = rf"(?<![\w-])(?<!\d[.,]){re.escape(normal(value))}(?!\w)(?![.,]\d)"
+    return any(re.search(whole, normal(t)) for t in texts)
 
 # %% ../../nbs/phone/32b_templates.ipynb #d2137701
 def beside(

@@ -532,11 +532,13 @@ def _shadow(w, h, r, e):
 @lru_cache(1 << 13)
 def _glyphs(word, px, bold):
     "A word as a mask, with its baseline at 1.02 `px`. Bold is the word again, a twentieth of its size to the right."
-    m = Image.new("L", (_word_width(word, px) + 1, round(px * 1.3)))
+    last = int(px / 20) + 1 if bold else 0
+    large = last > 2 # would have a second contour without what lies between
+    m = Image.new("L", (_word_width(word, px) + 1 + large * (last - 1), round(px * 1.3)))
     ImageDraw.Draw(m).text((0, px * 1.02), word, 255, font(px), anchor="ls")
-    if bold:
-        step = int(px / 20) + 1
-        m.paste(255, (step, 0), m.point([round(v * px / 20 / step) for v in range(256)]))
+    word = m.copy()
+    for i in range(1, last) if large else (): m.paste(255, (i, 0), word)
+    if bold: m.paste(255, (last, 0), word.point([round(v * (px / 20 + 1 - last) if large else v * px / 20 / last) for v in range(256)]))
     return m
 
 # %% ../../nbs/phone/30_ui.ipynb #10-036
@@ -583,17 +585,20 @@ def _content(im, n, x, y, w, h, s):
         _put(im, rgb(n.border[1]), round(x * s), round(y * s), ring)
 
 # %% ../../nbs/phone/30_ui.ipynb #10-037
+def _fitting(line, n, s): # px of a font in which a line is as wide as it was laid out for, at a quarter; its widths are not proportional
+    px = n.size * s
+    k = 1 if s == .25 else text_width(line, n.size, n.bold) * s / _spans(line, px)[1]
+    return round(px * min(1.05, max(.9, k)) * 8) / 8 if k != 1 else px
+
 def _paint_text(im, n, x, y, w, h, s):
     t, r, b, l = _padding(n)
     lines, high = wrap(n.text, n.size, n.bold, w - l - r, n.lines), _grid(n.size * 1.3)
     ink, px = rgb(n.color), n.size * s
     for i, line in enumerate(lines):
-        spans, wide = _spans(line, px)
-        k = min(1,
-                text_width(line, n.size, n.bold) * s / wide)  # 1 at a quarter; the font's widths are not proportional
-        for at, word in spans:
-            if word: _put(im, ink, round((x + l) * s + at * k), round((y + t + i * high) * s),
-                          _glyphs(word, px, n.bold))
+        fit = _fitting(line, n, s)
+        for at, word in _spans(line, fit)[0]:
+            if word: _put(im, ink, round((x + l) * s + at), round((y + t + i * high) * s + 1.02 * (px - fit)),
+                          _glyphs(word, fit, n.bold))
 
 # %% ../../nbs/phone/30_ui.ipynb #30-053
 _DIM = [round(v * .45) for v in range(256)] * 3

@@ -167,7 +167,7 @@ class _Watching(_Finding):
                          self.subscribe(state, v["channel"]),
                          on=("open", "channel", v["channel"]), role="channel", gap=28, pad=(16, design.EDGE))
         said = sum(m["video"] == id for m in d["comments"])
-        talk = design.list_row("Comments", ("open", "comments", id), f"{3 + said} comments", "reply")
+        talk = design.list_row("Comments", ("open", "comments", id), f"{3 + said} comments", "chat")
         after = [video_row(w) for w in of_channel(v["channel"]) if w != id]
         return design.Page("", [still(id, 1080, 608), bar, words, line, channel, talk, design.section("Up next", c),
                                 *after])
@@ -326,8 +326,8 @@ def _next(data, f, table): # another one, as a near miss
 # %% ../../nbs/phone/34p_videos.ipynb #34p-035
 @template("watch a video", "play")
 class Watch(VideoTask):
-    goals = ("Watch the video {title}", "Play the video {title}", "Find the video {title} and open it")
-    held_out = ("I want to see {title}",)
+    goals = ("Watch the video “{title}”", "Play the video “{title}”", "Find the video “{title}” and open it")
+    held_out = ("I want to see “{title}”",)
     def fill(self, rng, data): return _any(rng, data, "liked")
     def shown(self, phone, f): return showing(phone, "play", "watch", f.id)
     def wanted(self, data, f): return []
@@ -339,8 +339,8 @@ class Watch(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-038
 @template("like a video", "play")
 class Like(VideoTask):
-    goals = ("Like the video {title}", "Give the video {title} a like", "Find {title} in the videos and like it")
-    held_out = ("I liked {title}: say so under the video",)
+    goals = ("Like the video “{title}”", "Give the video “{title}” a like", "Find “{title}” in the videos and like it")
+    held_out = ("I liked “{title}”: say so under the video",)
     def fill(self, rng, data): return _any(rng, data, "liked")
     def wanted(self, data, f): return [new("play", "liked", video=f.id)]
     def moves(self, phone, f): return find_video(phone, f.id, ("mark", "liked", f.id))
@@ -351,9 +351,9 @@ class Like(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-040
 @template("keep a video for later", "play")
 class Keep(VideoTask):
-    goals = ("Save the video {title} to watch later", "Add {title} to the list Watch later",
-             "Keep the video {title} for later")
-    held_out = ("I have no time for {title} now: put it on the list for later",)
+    goals = ("Save the video “{title}” to watch later", "Add “{title}” to the list Watch later",
+             "Keep the video “{title}” for later")
+    held_out = ("I have no time for “{title}” now: put it on the list for later",)
     def fill(self, rng, data): return _any(rng, data, "later")
     def wanted(self, data, f): return [new("play", "later", video=f.id)]
     def moves(self, phone, f): return find_video(phone, f.id, ("mark", "later", f.id))
@@ -364,9 +364,10 @@ class Keep(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-042
 @template("like a video and keep it", "play", level=2, horizon=14, unseen=True)
 class LikeAndKeep(VideoTask):
-    goals = ("Like the video {title} and save it to watch later", "Put {title} on the list Watch later, and like it",
-             "Give {title} a like and keep it for later")
-    held_out = ("{title}: like it, save it for later",)
+    goals = ("Like the video “{title}” and save it to watch later",
+             "Put “{title}” on the list Watch later, and like it",
+             "Give “{title}” a like and keep it for later")
+    held_out = ("“{title}”: like it, save it for later",)
     def fill(self, rng, data):
         f = _any(rng, data, "later")
         return None if look_up(data, "play", "liked", video=f["id"]) else f
@@ -412,10 +413,10 @@ class Unsubscribe(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-050
 @template("subscribe to the channel of a video", "play", level=3)
 class SubscribeByVideo(Subscribe):
-    goals = ("Subscribe to the channel that made the video {title}",
-             "Find out whose video {title} is and subscribe to the channel",
-             "Whoever made {title}: add the channel to my subscriptions")
-    held_out = ("The makers of {title} are good: subscribe to them",)
+    goals = ("Subscribe to the channel that made the video “{title}”",
+             "Find out whose video “{title}” is and subscribe to the channel",
+             "Whoever made “{title}”: add the channel to my subscriptions")
+    held_out = ("The makers of “{title}” are good: subscribe to them",)
     def fill(self, rng, data):
         v = video(rng.choice(VIDEOS))
         return None if look_up(data, "play", "subscriptions",
@@ -460,9 +461,9 @@ class KeepMostViewed(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-058
 @template("remove a video from watch later", "play", level=2)
 class DropLater(VideoTask):
-    goals = ("Remove {title} from the list Watch later", "Take the video {title} off the list for later",
-             "I have seen {title}: it need not be kept for later")
-    held_out = ("{title} can go from the list Watch later",)
+    goals = ("Remove “{title}” from the list Watch later", "Take the video “{title}” off the list for later",
+             "I have seen “{title}”: it need not be kept for later")
+    held_out = ("“{title}” can go from the list Watch later",)
     def fill(self, rng, data):
         r = rng.choice(data["play"]["later"])
         return {"title": video(r["video"])["title"], "id": r["video"], "row": r["id"]}
@@ -475,9 +476,9 @@ class DropLater(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-060
 @template("remove a video from the history", "play", level=2)
 class DropHistory(Template):
-    goals = ("Remove {title} from the history", "Delete the video {title} from what I have watched",
-             "The history should not show {title}, but all the rest")
-    held_out = ("Nobody has to know that I watched {title}: take it out of the history",)
+    goals = ("Remove “{title}” from the history", "Delete the video “{title}” from what I have watched",
+             "The history should not show “{title}”, but all the rest")
+    held_out = ("Nobody has to know that I watched “{title}”: take it out of the history",)
     def fill(self, rng, data):
         v = rng.choice(data["play"]["history"])
         return {"title": video(v)["title"], "id": v}
@@ -512,9 +513,9 @@ class SetPlaying(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-066
 @template("comment on a video", "play", level=2, horizon=15, unseen=True)
 class Comment(VideoTask):
-    goals = ("Write the comment “{text}” under the video {title}", "Comment on {title}: “{text}”",
-             "Under the video {title}, say “{text}”")
-    held_out = ("Let the makers of {title} know: “{text}”",)
+    goals = ("Write the comment “{text}” under the video “{title}”", "Comment on “{title}”: “{text}”",
+             "Under the video “{title}”, say “{text}”")
+    held_out = ("Let the makers of “{title}” know: “{text}”",)
     def fill(self, rng, data):
         return {**_any(rng, data, "liked"), "text": rng.choice(("Well done", "Thank you", "Great idea", "More please",
                                                                 "I will try this", "So calm"))}
@@ -528,10 +529,10 @@ class Comment(VideoTask):
 # %% ../../nbs/phone/34p_videos.ipynb #34p-069
 @template("set the volume and watch", "play", "settings", level=3, horizon=15)
 class VolumeAndWatch(Watch):
-    goals = ("Set the media volume to {level} percent and watch the video {title}",
-             "Watch {title} at a media volume of {level}%",
-             "Media volume {level} percent; then play the video {title}")
-    held_out = ("I want to see {title}, with the media volume at {level}%",)
+    goals = ("Set the media volume to {level} percent and watch the video “{title}”",
+             "Watch “{title}” at a media volume of {level}%",
+             "Media volume {level} percent; then play the video “{title}”")
+    held_out = ("I want to see “{title}”, with the media volume at {level}%",)
     def fill(self, rng, data):
         now = data["settings"]["media"]
         return {**_any(rng, data, "liked"), "level": rng.choice([l for l in range(0, 101, 10)

@@ -108,7 +108,9 @@ def now_in(
 
 # %% ../../nbs/phone/34i_weather.ipynb #55e06e02
 def _between(low, high, data): return f"{degrees(low, data['temperature'])} to {degrees(high, data['temperature'])}"
-def _symbol(sky, size): return ui.icon(SKIES[sky][0], size, SKIES[sky][1], desc=sky)
+def _symbol(sky, size, hour=12): # the sun by day only
+    icon, color = ("moon", "#5b6bb0") if sky == "Sunny" and not 5 < hour % 24 < 21 else SKIES[sky]
+    return ui.icon(icon, size, color, desc=sky)
 def _day(day): return "Today" if day == 0 else day_name(day)
 def _hour(h): return clock_time(h % 24, 0).replace(":00", "")
 
@@ -152,13 +154,13 @@ def _head(now, day, unit): # what it is like now, large
 
 def _cell(town, h, hour, unit): # an hour among the next ones
     warm, wet = ui.text(degrees(hour.degrees, unit), design.SMALL, bold=True), ui.text(f"{hour.rain}%", 32, "#2f6fb5")
-    return ui.column(ui.text(_hour(h), 32, ui.MUTED), _symbol(hour.sky, 72), warm, wet, align="center", gap=12,
+    return ui.column(ui.text(_hour(h), 32, ui.MUTED), _symbol(hour.sky, 72, h), warm, wet, align="center", gap=12,
                      on=("open", "hour", town, 0, h), role="hour", pad=(8, 0))
 
 # %% ../../nbs/phone/34i_weather.ipynb #df821119
-def _row(rain, sky, text, gap): # the right end of a line about a day or an hour
+def _row(rain, sky, text, gap, hour=12): # the right end of a line about a day or an hour
     wet = ui.text(f"{rain}%", design.SMALL, "#2f6fb5")
-    return ui.row(wet, _symbol(sky, 64), ui.text(text, design.BODY), width="wrap", gap=gap)
+    return ui.row(wet, _symbol(sky, 64, hour), ui.text(text, design.BODY), width="wrap", gap=gap)
 
 class _Place(_Home):
     "A town."
@@ -190,7 +192,7 @@ class _Hours(_Place):
         return design.Page(town, [head, *rows])
 
     def _hour_row(self, data, town, day, h, hour):
-        right = _row(hour.rain, hour.sky, degrees(hour.degrees, data["temperature"]), 40)
+        right = _row(hour.rain, hour.sky, degrees(hour.degrees, data["temperature"]), 40, h)
         return ui.row(ui.text(_hour(h), design.BODY), ui.spacer(), right, on=("open", "hour", town, day, h),
                       role="hour", pad=(24, design.EDGE), bg=ui.PAPER)
 
@@ -203,7 +205,7 @@ class _OneHour(_Hours):
     def page_hour(self, state, ep, town, day, h):
         d, hour = state["data"], weather_of(state["data"], town)[day][h]
         warm = lambda celsius: degrees(celsius, d["temperature"])
-        big = ui.column(_symbol(hour.sky, 320), ui.text(warm(hour.degrees), 200), ui.text(hour.sky, design.HEAD),
+        big = ui.column(_symbol(hour.sky, 320, h), ui.text(warm(hour.degrees), 200), ui.text(hour.sky, design.HEAD),
                         align="center", pad=(60, 0), gap=16)
         rows = [design.list_row(_outlook(hour.rain), None, f"Chance of rain {hour.rain}%", "rain"),
                 design.list_row(speed(hour.wind, d["wind"]), None, "Wind", "wind"),
@@ -239,7 +241,7 @@ class _Order(PagedApp):
             arrow = lambda icon, by: ui.icon_button(icon, ("move", t, by), 48, f"{icon} {t}", ui.MUTED)
             right = ui.row(arrow("up", -1) if i else None, arrow("down", 1) if i + 1 < len(places) else None,
                            ui.icon_button("close", ("drop", t), 48, f"remove {t}", ui.MUTED), width="wrap", gap=12)
-            return design.list_row(t, None, "Here" if t == HOME else "", "cloud", right)
+            return design.list_row(t, None, "Here" if t == HOME else "", None, right)
         return design.Page("Places", [row(i, t) for i, t in enumerate(places)] or [design.empty("No places", "cloud")])
 
 # %% ../../nbs/phone/34i_weather.ipynb #cc3d682d
