@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'WEBSHOP', 'PHRASES', 'VLM_LESSONS',
-           'CARD', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
+           'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit',
            'relabel', 'Curriculum', 'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'Lessons', 'untaught_autoui',
-           'teach', 'plot_losses', 'write_card', 'card_figures', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy']
+           'teach', 'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy',
+           'measure_policy', 'measure_steps']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from PIL import Image
 from transformers import AddedToken
 
@@ -241,6 +243,7 @@ class Curriculum:
     coming:Callable # (phone, task) -> what should come next, in words
     habit:Callable # (phone, task) -> the wrong thing that is usually done, or None
     relabel:Callable # (task, prompt, action, generator) -> prompt and action of another task
+    tokens:int=1100 # of a tokenizer made from the words, at most
 
 WEBSHOP = Curriculum("webshop", lambda: T.load("webshop", "train"), words_to_know, copy_example, coming, habit, relabel)
 
@@ -375,7 +378,7 @@ def untaught_autoui(
 ) -> AutoUIPolicy:
     "A tiny Auto-UI with random weights"
     seed_all(seed, "base policy")
-    tokenizer = tiny_tokenizer(lessons.words())
+    tokenizer = tiny_tokenizer(lessons.words(), lessons.tokens)
     size = dict(d_model=width, d_kv=32, d_ff=2*width, num_heads=width//32,
         num_layers=layers, num_decoder_layers=layers, image_dim=image_encoder.dim)
     tokens = dict(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id,
@@ -470,6 +473,15 @@ def card_figures(
     return {k: float(v) for k, v in rows}
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-034
+VLMS = {"tiny-vlm": BaseVLMConfig()} # how each is made
+
+def but(
+    cfg, # dataclass of settings
+    **others # fields; None leaves what `cfg` says
+): # of the same class
+    "Settings, but for some."
+    return replace(cfg, **{name: value for name, value in others.items() if value is not None})
+
 def ship_vlm(
     out:Path, # where built-in models lie
     name:str, # of the VLM
@@ -519,6 +531,9 @@ def ship_policy(
     return losses
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-036
+def _shipped(out, name):
+    return load_policy(Path(out)/name, image_encoder=ImageEncoder.from_pretrained(Path(out)/AGENTS[name].vlm))
+
 def measure_policy(
     out:Path, # where `ship_policy` wrote it
     name:str, # of the agent
@@ -528,11 +543,27 @@ def measure_policy(
 ) -> dict: # share of successful episodes in all, and by level
     "Success of an agent on validation tasks"
     import tempfile
-    pupil = AGENTS[name]
-    policy = load_policy(Path(out)/name, image_encoder=ImageEncoder.from_pretrained(Path(out)/pupil.vlm))
+    pupil, policy = AGENTS[name], _shipped(out, name)
     def make_env(tasks, horizon): return DeviceEnv(SimPhone(), tasks, horizon, history=policy.history)
     with tempfile.TemporaryDirectory() as folder:
         cfg = Rollout(episodes=episodes, temperature=temperature, screens=False)
         steps = collect(Run(folder), T.load(pupil.lessons.task_set, "val"), policy, make_env, cfg, seed=seed).episodes()
     best = steps.groupby(["level", "episode"]).reward.max()
     return dict(success=float(best.mean()), **{f"level {k}": float(v) for k, v in best.groupby("level").mean().items()})
+
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-037a
+@torch.no_grad()
+def measure_steps(
+    out:Path, # where `ship_policy` wrote it
+    name:str, # of the agent
+    episodes:int=60, # how many are demonstrated
+    seed:int=0 # of the episodes
+) -> pd.DataFrame: # a row for what should come next, in one word, and whether there is a habit: how many steps, and the mean
+    "Probability of the right action at temperature 1"
+    pupil, policy = AGENTS[name], _shipped(out, name)
+    steps, p = demonstrate(pupil.lessons, but(pupil.cfg, demos=episodes), policy, derive_seed(seed, "measure")), []
+    for some in chunked(steps, 64):
+        seen = np.concatenate([s.seen for s in some])
+        p += policy.log_prob([s.prompt for s in some], seen, [s.right for s in some]).exp().tolist()
+    said = pd.DataFrame(dict(next=[s.coming.split()[0] for s in steps], habit=[bool(s.wrong) for s in steps], p=p))
+    return said.groupby(["next", "habit"]).p.agg(steps="size", right="mean").sort_values("steps", ascending=False)
