@@ -199,7 +199,8 @@ def override(
 # %% ../../nbs/runs/62_presets.ipynb #65-010b
 def read_preset(
     path:Path, # a YAML file
-    above:tuple[Path, ...]=(), # files that are like this one
+    task_set:str="", # what it shall be for; "" for what it says itself
+    above:tuple[Path, ...]=() # files that are like this one
 ) -> dict: # its settings, on those of the preset that it is `like`
     "The settings of a file. Raises `ConfigError` where they are none."
     try: found = yaml.safe_load(read_text(path)) or {}
@@ -208,11 +209,15 @@ def read_preset(
         foreign = (why := disguise(path)).startswith(("a git", "an HTML"))
         raise ConfigError(f"{path} is {why}" if foreign
             else f"{path} holds no settings by name: write them like `horizon: 20`")
-    like = found.pop("like", None)
-    if not like: return found
-    if (base := preset_path(like)).resolve() in (above := (*above, path.resolve())):
-        raise ConfigError(f"{path} is like {like}, which is like {path}: one of them must be like none")
-    return overlay(read_preset(base, above), found)
+    like, special = found.pop("like", None), found.pop("task_sets", {})
+    if not isinstance(special, dict) or not all(isinstance(s, dict) for s in special.values()):
+        raise ConfigError(f"{path}: name task sets and their settings, like `task_sets: {{general: {{horizon: 15}}}}`")
+    task_set = task_set or found.get("task_set", "")
+    if like:
+        if (base := preset_path(like)).resolve() in (above := (*above, path.resolve())):
+            raise ConfigError(f"{path} is like {like}, which is like {path}: one of them must be like none")
+        found = overlay(read_preset(base, task_set, above), found)
+    return overlay(found, special.get(task_set or found.get("task_set"), {}))
 
 # %% ../../nbs/runs/62_presets.ipynb #65-010b-2
 def load_preset(
@@ -223,7 +228,8 @@ def load_preset(
 ) -> Preset:
     "Read a preset. Raises `ConfigError` where it is missing or has a field that does not exist."
     path = preset_path(like or name)
-    return override(from_dict(Preset, {"name": path.stem} | read_preset(path), path.name), **changes)
+    task_set = parameter(changes.get("task_set") or "", str, "task_set")
+    return override(from_dict(Preset, {"name": path.stem} | read_preset(path, task_set), path.name), **changes)
 
 # %% ../../nbs/runs/62_presets.ipynb #65-012
 def given(
