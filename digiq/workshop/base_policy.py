@@ -6,13 +6,13 @@
 __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'WEBSHOP', 'PHRASES', 'VLM_LESSONS',
            'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit',
-           'relabel', 'Curriculum', 'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'Lessons', 'untaught_autoui',
-           'teach', 'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy',
-           'measure_policy', 'measure_steps']
+           'relabel', 'Curriculum', 'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'goals_by_icon',
+           'open_example', 'Lessons', 'untaught_autoui', 'teach', 'plot_losses', 'write_card', 'card_figures', 'but',
+           'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy', 'measure_steps']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -26,7 +26,7 @@ from transformers import AddedToken
 
 from .. import actions as A
 from .. import tasks as T
-from ..core import Run, derive_seed, progress, seed_all, to_dict
+from ..core import Run, derive_seed, progress, seed_all, share, to_dict
 from ..env import DeviceEnv, prompt
 from ..method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, ImageEncoder, on_grid, snap, tiny_tokenizer
 from ..method.policy import Policy
@@ -38,7 +38,7 @@ from ..vlm.finetuning import cosine
 from ..vlm.policies import load_policy
 from ..vlm.policy import VLMPolicy, VLMPolicyConfig
 from ..vlm.representation import VLM
-from .base_vlm import (BaseVLMConfig, gather, matrix_optimizer, named, pointing_accuracy, pretrain,
+from .base_vlm import (BaseVLMConfig, gather, matrix_optimizer, name_at, named, pointing_accuracy, pretrain,
                                      quiz_accuracy, random_action, typeable)
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-006
@@ -52,6 +52,7 @@ class BasePolicyConfig:
     batch: int = 128          # examples a minibatch
     copying: float = 0.15     # share of a minibatch that is about copying, text alone; .5 at the start
     pointing: float = 0.3     # share of the rest that is about pointing
+    opening: float = 0.       # share of the rest that is about which app a goal needs
     relabel: float = 0.8      # share of demonstrated steps whose shop and query are replaced by made-up ones
     lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 4e-3   # Muon's, for the weight matrices of the layers
@@ -266,10 +267,17 @@ def demonstrate(
     policy:Policy, # who looks on
     seed:int=0 # of the episodes
 ) -> list[Step]:
-    "Episodes of demonstrators with habits, each in a world of its own"
-    tasks = lessons.tasks()
-    return [s for i in progress(range(cfg.demos), desc="demonstrations")
-        for s in _episode(lessons, tasks, cfg, policy, seed, i)]
+    "Episodes of demonstrators with habits, each in a world of its own; by as many processes as torch has threads"
+    tasks, parts, found = lessons.tasks(), list(chunked(range(cfg.demos), 20)), {}
+    def play(numbers, report):
+        steps = []
+        for i in numbers:
+            steps += _episode(lessons, tasks, cfg, policy, seed, i)
+            report(1)
+        return steps
+    with progress(total=cfg.demos, desc="demonstrations") as bar:
+        share(range(len(parts)), parts.__getitem__, play, found.__setitem__, torch.get_num_threads(), bar.update)
+    return [s for i in sorted(found) for s in found[i]]
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-024a
 def _episode(lessons, tasks, cfg, policy, seed, i):
@@ -320,6 +328,30 @@ def untaught_vlm(
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-v07
 VLM_LESSONS = BasePolicyConfig(steps=3000, batch=64, lr=1e-3, matrix_lr=4e-3)
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-o02
+def goals_by_icon(
+    steps:list[Step] # demonstrated
+) -> dict[str, list[str]]: # name of an icon: goals
+    "The goals that begin with an app, and open no other"
+    first = defaultdict(set)
+    for s in steps:
+        if s.coming.startswith("launch "):
+            first[s.task.goal].add("" if s.wrong else name_at(s.elements, *A.parse(s.right).touch))
+    goals = defaultdict(list)
+    for goal, names in first.items():
+        if len(names) == 1: goals[names.pop()].append(goal)
+    return {name: some for name, some in goals.items() if name}
+
+def open_example(
+    elements:list[tuple], # (name, box) of what a launcher shows
+    goals:dict[str, list[str]], # by the name of an icon
+    rng:np.random.Generator # draws
+) -> tuple[str, str]: # prompt and action string
+    "A goal, and a tap on the app that it needs"
+    name, box = (shown := [(n, b) for n, b in elements if n in goals])[rng.integers(len(shown))]
+    goal = goals[name][rng.integers(len(goals[name]))]
+    return prompt(goal, any_history(rng)), A.render(on_grid(A.tap((box[0] + box[2])/2, (box[1] + box[3])/2)))
+
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029j
 def _evened(kinds): # a probability for each, such that each kind has the square root of its frequency
     often = Counter(kinds)
@@ -328,7 +360,7 @@ def _evened(kinds): # a probability for each, such that each kind has the square
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029c
 class Lessons:
-    "Draws minibatches of copying, pointing and imitating"
+    "Draws minibatches of copying, pointing, opening and imitating"
     def __init__(self,
         steps:list[Step], # demonstrations
         blank:np.ndarray, # a blank screen, as the agent's `see` gives it
@@ -337,6 +369,8 @@ class Lessons:
     ):
         self.steps, self.blank, self.cfg, self.lessons = steps, blank, cfg, lessons
         self.p, self.pointable = _evened([s.coming for s in steps]), np.flatnonzero([bool(s.elements) for s in steps])
+        self.goals = goals_by_icon(steps)
+        self.launchers = np.flatnonzero([any(n in self.goals for n, _ in s.elements) for s in steps])
         on_screens = Counter(name for s in steps for name in {n for n, _ in s.elements})
         self.weight = {name: k**-.4 for name, k in on_screens.items()}
 
@@ -345,18 +379,21 @@ class Lessons:
         rng:np.random.Generator # draws
     ) -> tuple[list[str], np.ndarray, list[str]]: # prompts, rows as `see` gives them, and actions: for `log_prob`
         "A minibatch"
-        copies, points, demos = self._shares(done, rng)
+        copies, points, opens, demos = self._shares(done, rng)
         texts = [self.lessons.copy(rng, min(.6, .1 + done)) for _ in range(copies)]
         texts += [point_example(self.steps[i].elements, self.weight, rng) for i in points]
+        texts += [open_example(self.steps[i].elements, self.goals, rng) for i in opens]
         asked, answers = zip(*texts, *(self.imitate(self.steps[i], rng) for i in demos))
-        return asked, np.concatenate([self.blank]*copies + [self.steps[i].seen for i in (*points, *demos)]), answers
+        return asked, np.concatenate([self.blank]*copies + [self.steps[i].seen for i in (*points, *opens, *demos)]), answers
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029e
 @patch
-def _shares(self:Lessons, done, rng): # how many to copy; the steps to point on; those to imitate
+def _shares(self:Lessons, done, rng): # how many to copy; the steps to point on, to open an app on, to imitate
     copies = int(self.cfg.batch*max(self.cfg.copying, .5 - done))
-    points = rng.choice(self.pointable, int(self.cfg.pointing*(self.cfg.batch - copies)))
-    return copies, points, rng.choice(len(self.steps), self.cfg.batch - copies - len(points), p=self.p)
+    rest = self.cfg.batch - copies
+    points = rng.choice(self.pointable, int(self.cfg.pointing*rest))
+    opens = rng.choice(self.launchers, int(self.cfg.opening*rest)*(len(self.launchers) > 0))
+    return copies, points, opens, rng.choice(len(self.steps), rest - len(points) - len(opens), p=self.p)
 
 @patch
 def imitate(self:Lessons,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTICULAR', 'GENERAL', 'training_tasks', 'general_words', 'said', 'other_words', 'copy_value', 'rename', 'next_step',
-           'page_on_top', 'wrong_ways', 'any_habit']
+           'page_on_top', 'wrong_ways', 'any_habit', 'carry_over']
 
 # %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-002
 import json
@@ -12,16 +12,18 @@ from functools import lru_cache
 from itertools import islice
 
 import numpy as np
+import torch
 
 from .. import actions as A
 from .. import tasks as T
 from ..core import derive_seed
 from ..env import prompt
-from ..method.autoui import ImageEncoder
+from ..method.autoui import AutoUIPolicy, ImageEncoder
 from ..phone import SimPhone
 from ..phone.general import group, make_tasks
 from ..phone.templates import templates
 from ..phone.truth import next_move
+from ..vlm.representation import model_path
 from .base_policy import (AGENTS, HOME, PHRASINGS, SCROLL, VLMS, BasePolicyConfig, Curriculum, Pupil,
                                         always, any_history, touch, untaught_autoui)
 from .base_vlm import BaseVLMConfig
@@ -138,11 +140,32 @@ def any_habit(
     ways, first = wrong_ways(phone, task), derive_seed("which", what, where)
     return ways[first % len(ways)](phone, task) or A.press("back")
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-020a
+@torch.no_grad()
+def carry_over(
+    taught:AutoUIPolicy, # has had other lessons
+    policy:AutoUIPolicy # of the same shape, with words of its own; its weights are replaced
+) -> AutoUIPolicy: # the latter
+    "What one agent knows, in another one that reads other words"
+    known, own = taught.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
+    both = [t for t in own if t in known]
+    old, new = ([vocabulary[t] for t in both] for vocabulary in (known, own))
+    state = policy.model.state_dict()
+    for name, weight in taught.model.float().state_dict().items():
+        if len(weight) != len(known): state[name].copy_(weight)
+        else:
+            state[name].normal_(std=float(weight.std()))
+            state[name][new] = weight[old]
+    return policy
+
 # %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-021
 GENERAL = Curriculum("general", training_tasks, general_words, copy_value, next_step, any_habit, rename, 2200)
 
 VLMS["general-vlm"] = BaseVLMConfig("general", vocabulary=2000, screens=16000, sight_steps=1600, steps=600)
 
-AGENTS["general-autoui"] = Pupil(
-    lambda out, seed: untaught_autoui(ImageEncoder.from_pretrained(out/"general-vlm"), GENERAL, seed=seed),
-    "An Auto-UI for all apps", BasePolicyConfig(demos=5000, habit=.7), GENERAL, "general-vlm")
+def _experienced(out, seed):
+    untaught = untaught_autoui(ImageEncoder.from_pretrained(out/"general-vlm"), GENERAL, seed=seed)
+    return carry_over(AutoUIPolicy.from_pretrained(model_path("tiny-autoui")), untaught)
+
+AGENTS["general-autoui"] = Pupil(_experienced, "An Auto-UI for all apps", BasePolicyConfig(
+    demos=5000, habit=.6, steps=8000, batch=64, opening=.25), GENERAL, "general-vlm")
