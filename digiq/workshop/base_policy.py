@@ -107,6 +107,10 @@ def words_to_know(
     return [" ".join(words), ",".join(words), ",".join(parts)]*50 + frames*14
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-016
+def _middle(box): # a tap in it
+    y0, x0, y1, x1 = box
+    return A.tap((y0 + y1)/2, (x0 + x1)/2)
+
 def point_example(
     elements:list[tuple], # (name, box) of what a screen shows
     weight:dict, # of a name in the draw
@@ -116,8 +120,7 @@ def point_example(
     names = sorted({n for n, _ in elements})
     p = np.array([weight[n] for n in names])
     name = names[rng.choice(len(names), p=p/p.sum())]
-    y0, x0, y1, x1 = min(box for n, box in elements if n == name)
-    middle = A.tap((y0 + y1)/2, (x0 + x1)/2)
+    middle = _middle(min(box for n, box in elements if n == name))
     return prompt(f"Tap the {name}", any_history(rng)), A.render(on_grid(middle))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-019
@@ -169,9 +172,7 @@ def touch(
     "A tap on some element"
     def act(phone, task):
         boxes = sorted(e.box for e in phone.elements() if e.role == role and e.clickable)
-        if not boxes: return None
-        y0, x0, y1, x1 = boxes[min(rank, len(boxes) - 1)]
-        return A.tap((y0 + y1)/2, (x0 + x1)/2)
+        return _middle(boxes[min(rank, len(boxes) - 1)]) if boxes else None
     return act
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-020c
@@ -350,7 +351,7 @@ def open_example(
     "A goal, and a tap on the app that it needs"
     name, box = (shown := [(n, b) for n, b in elements if n in goals])[rng.integers(len(shown))]
     goal = goals[name][rng.integers(len(goals[name]))]
-    return prompt(goal, any_history(rng)), A.render(on_grid(A.tap((box[0] + box[2])/2, (box[1] + box[3])/2)))
+    return prompt(goal, any_history(rng)), A.render(on_grid(_middle(box)))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029j
 def _evened(kinds): # a probability for each, such that each kind has the square root of its frequency
