@@ -75,7 +75,8 @@ class Show:
 
     async def until(self, what, script): # script: of `e`, the explorer's element. How long after the last input that reached the page did a frame show it?
         title, _, what = what.partition(": ")
-        seen = await self.page.wait_for_function(f"(() => {{ const e = document.querySelector(`.dq[aria-label='{title}']`); return e && ({script}) && {{ms: performance.now() - window.began}}; }})()", polling="raf")
+        try: seen = await self.page.wait_for_function(f"(() => {{ const e = document.querySelector(`.dq[aria-label='{title}']`); return e && ({script}) && {{ms: performance.now() - window.began}}; }})()", polling="raf")
+        except Exception as e: raise AssertionError(f"{title}, {what}: {script}; it shows {(await self.part(title).first.inner_text())[-1500:]!r}") from e
         self.times[f"{title}: {what}"] = round((await seen.json_value())["ms"])
 
     async def took(self, what, do, script): # do something, and wait for its result

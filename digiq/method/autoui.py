@@ -90,16 +90,29 @@ class AutoUI(T5ForConditionalGeneration):
 
 # %% ../../nbs/method/10a_autoui.ipynb #40-008b
 @patch
+def _asks(self:AutoUI, h): # what each token looks for, in the features' own space
+    (wq, wk, _), (bq, _, _) = (w.chunk(3) for w in (self.mha_layer.in_proj_weight, self.mha_layer.in_proj_bias))
+    return F.linear(h, wq, bq) @ (wk @ self.image_dense.weight)
+
+@patch
 def look(self:AutoUI,
     h:torch.Tensor, # text states, float [batch, length, d_model]
     patches:torch.Tensor # image features, float [batch, patches, image_dim]
 ) -> torch.Tensor: # float [batch, length, d_model]
     "What each token sees: `mha_layer` over `image_dense`, without projecting the patches"
     m, picture = self.mha_layer, self.image_dense
-    (wq, wk, wv), (bq, _, bv) = m.in_proj_weight.chunk(3), m.in_proj_bias.chunk(3)
-    q = F.linear(h, wq, bq) @ (wk @ picture.weight)
-    seen = F.scaled_dot_product_attention(q[:, None], patches[:, None], patches[:, None], scale=h.shape[-1]**-.5)[:, 0]
+    wv, bv = m.in_proj_weight.chunk(3)[2], m.in_proj_bias.chunk(3)[2]
+    q, patches = self._asks(h)[:, None], patches[:, None]
+    seen = F.scaled_dot_product_attention(q, patches, patches, scale=h.shape[-1]**-.5)[:, 0]
     return m.out_proj(F.linear(seen, wv @ picture.weight, F.linear(picture.bias, wv, bv)))
+
+@patch
+def attention(self:AutoUI,
+    h:torch.Tensor, # text states, float [batch, length, d_model]
+    patches:torch.Tensor # image features, float [batch, patches, image_dim]
+) -> torch.Tensor: # float [batch, length, patches]
+    "How much each token attends to each patch, before the softmax"
+    return self._asks(h) @ patches.transpose(1, 2) * h.shape[-1]**-.5
 
 # %% ../../nbs/method/10a_autoui.ipynb #40-009
 @patch

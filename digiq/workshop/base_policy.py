@@ -7,12 +7,13 @@ __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', '
            'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit',
            'relabel', 'Curriculum', 'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'goals_by_icon',
-           'open_example', 'Lessons', 'untaught_autoui', 'teach', 'plot_losses', 'write_card', 'card_figures', 'but',
-           'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy', 'measure_steps']
+           'open_example', 'Lessons', 'untaught_autoui', 'standardised', 'attention_loss', 'teach', 'plot_losses',
+           'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy', 'measure_steps']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
 import re
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,6 +23,7 @@ import pandas as pd
 import torch
 from fastcore.basics import chunked, patch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import AddedToken
 
 from .. import actions as A
@@ -53,6 +55,7 @@ class BasePolicyConfig:
     copying: float = 0.15     # share of a minibatch that is about copying, text alone; .5 at the start
     pointing: float = 0.3     # share of the rest that is about pointing
     opening: float = 0.       # share of the rest that is about which app a goal needs
+    attention: float = 0.     # weight of the loss that says where an Auto-UI has to look; its features are then standardised
     relabel: float = 0.8      # share of demonstrated steps whose shop and query are replaced by made-up ones
     lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
     matrix_lr: float = 4e-3   # Muon's, for the weight matrices of the layers
@@ -427,6 +430,36 @@ def untaught_autoui(
     policy.model.generation_config.max_new_tokens = policy.max_new_tokens = 40 # its tokens are long
     return policy
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-l02
+@contextmanager
+def standardised(
+    policy:AutoUIPolicy, # its `image_dense` is changed meanwhile
+    steps:list[Step] # demonstrated: their screens say what the features are like
+): # of features to what the policy reads meanwhile, float32 of the same shape
+    "Meanwhile an agent reads standardised features; before and after it reads them as they are, and says the same"
+    some = np.concatenate([s.seen for s in steps[::len(steps)//1000 + 1]]).reshape(-1, policy.width).astype(np.float32)
+    mean, deviation = (torch.from_numpy(x).to(policy.device) for x in (some.mean(0), some.std(0) + 1e-3))
+    weight, bias = policy.model.image_dense.weight.data, policy.model.image_dense.bias.data
+    bias += weight @ mean; weight *= deviation
+    try: yield lambda seen: (torch.as_tensor(seen, device=policy.device).float() - mean)/deviation
+    finally: weight /= deviation; bias -= weight @ mean
+
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-l05
+def attention_loss(
+    policy:AutoUIPolicy, # whose look is judged
+    prompts:list[str], # of a minibatch
+    seen, # standardised features, float [batch, patches, dim]
+    actions:list[str] # answers, one a prompt; one of them at least is a tap
+) -> torch.Tensor: # scalar
+    "How little the last token of each prompt attends to the patch that is tapped"
+    taps = [(k, a.touch) for k, a in enumerate(map(A.parse, actions)) if a.is_tap]
+    which, side = [k for k, _ in taps], round(seen.shape[1]**.5)
+    patch = [int(y*side)*side + int(x*side) for _, (y, x) in taps]
+    ids, mask = policy.encode_prompts([prompts[k] for k in which])
+    h = policy.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    last = h[torch.arange(len(h)), mask.sum(1) - 1][:, None]
+    return F.cross_entropy(policy.model.attention(last, seen[which])[:, 0], torch.tensor(patch, device=policy.device))
+
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-031
 def teach(
     policy:Policy, # trained in place
@@ -434,28 +467,30 @@ def teach(
     lessons:Curriculum=WEBSHOP, # what
     seed:int=0, # of everything
     state:Path=None # file that says how far the lessons are; None keeps nothing
-) -> list[float]: # losses of minibatches
+) -> list[float]: # L of minibatches
     "Make a weak agent of a policy, from training tasks alone"
     steps = demonstrate(lessons, cfg, policy, seed)
     draw = Lessons(steps, policy.see([Image.new("RGB", (270, 600), "white")]), cfg, lessons)
-    with policy.training():
+    with policy.training(), standardised(policy, steps) if cfg.attention else nullcontext(np.asarray) as view:
         update, saved = _optimiser(policy, cfg, seed, state)
         done, losses = saved.resume()
         for i in progress(range(done, cfg.steps), total=cfg.steps, initial=done, desc="lessons"):
-            rng = np.random.default_rng(derive_seed(seed, "lesson", i))
-            losses.append(update(-policy.log_prob(*draw(i/cfg.steps, rng)).mean()))
+            asked, seen, answers = draw(i/cfg.steps, np.random.default_rng(derive_seed(seed, "lesson", i)))
+            example = asked, view(seen), answers
+            loss = -policy.log_prob(*example).mean()
+            losses.append(loss.item())
+            update(loss + cfg.attention*attention_loss(policy, *example) if cfg.attention else loss)
             saved.reached(i + 1, losses)
     return losses
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-031c
-def _optimiser(policy, cfg, seed, state): # a step down a loss, which returns it as a number; where the training is
+def _optimiser(policy, cfg, seed, state): # a step down a loss; where the training is
     weights, optimizer = torch.nn.ParameterList(policy.weights()), matrix_optimizer(policy.model, cfg.lr, cfg.matrix_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, cfg.steps, .05))
     def update(loss):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.)
         optimizer.step(); schedule.step(); optimizer.zero_grad()
-        return loss.item()
     modules, accelerator = dict(policy=weights), Accelerator(str(policy.device))
     return update, TrainingState(state, cfg.save_every, modules, optimizer, schedule, accelerator, seed)
 
