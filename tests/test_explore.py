@@ -280,6 +280,8 @@ async def run_notebook(url, view, name, width):
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
         await page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'") # before that, it runs nothing
+        await page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+        await page.wait_for_timeout(5000) # JupyterLab asks a new kernel for widgets that it may have, for up to four seconds; answers that come later may undo what is chosen
         await page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         await page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         await page.wait_for_selector(".jp-RenderedImage img >> nth=2", state="attached")
