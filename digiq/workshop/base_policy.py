@@ -449,10 +449,11 @@ def attention_loss(
     policy:AutoUIPolicy, # whose look is judged
     prompts:list[str], # of a minibatch
     seen, # standardised features, float [batch, patches, dim]
-    actions:list[str] # answers, one a prompt; one of them at least is a tap
+    actions:list[str] # answers, one a prompt
 ) -> torch.Tensor: # scalar
-    "How little the last token of each prompt attends to the patch that is tapped"
+    "How little the last token of each prompt attends to the patch that is tapped; 0 where none is"
     taps = [(k, a.touch) for k, a in enumerate(map(A.parse, actions)) if a.is_tap]
+    if not taps: return torch.zeros(())
     which, side = [k for k, _ in taps], round(seen.shape[1]**.5)
     patch = [int(y*side)*side + int(x*side) for _, (y, x) in taps]
     ids, mask = policy.encode_prompts([prompts[k] for k in which])
