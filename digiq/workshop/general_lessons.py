@@ -49,7 +49,8 @@ def said(
 ) -> list[str]: # as they stand in the goal, the longest first
     "The values of a filling that the goal names: words, and numbers of five characters or more"
     values = [v for v in json.loads(task.filling).values() if isinstance(v, str)]
-    return sorted({v for v in values if (any(map(str.isalpha, v)) or len(v) > 4) and v in task.goal}, key=len, reverse=True)
+    found = {v for v in values if (any(map(str.isalpha, v)) or len(v) > 4) and v in task.goal}
+    return sorted(found, key=len, reverse=True)
 
 # %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-012
 @lru_cache(1)
@@ -65,8 +66,10 @@ def other_words(
 ) -> str: # as many words
     "Some other text."
     known = _known_words()
-    return " ".join(T.made_up_word(rng) if rng.random() < share else known[rng.integers(len(known))] for _ in text.split())
+    word = lambda: T.made_up_word(rng) if rng.random() < share else known[rng.integers(len(known))]
+    return " ".join(word() for _ in text.split())
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-012s
 def copy_value(
     rng:np.random.Generator, # draws
     share:float=.35 # of words that do not exist
@@ -76,6 +79,7 @@ def copy_value(
     other = other_words(value, rng, share)
     return prompt(goal.replace(value, other), any_history(rng)), A.render(A.type_text(other))
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-012t
 def rename(
     task:T.Task, # what was demonstrated
     prompt:str, # what the agent reads
@@ -90,7 +94,8 @@ def rename(
     return prompt.replace(value, other), A.render(A.type_text(other))
 
 # %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-015
-PARTICULAR = ("launch", "open", "tab", "focus", "ask", "flip", "choose", "clear") # events whose first argument says what is done
+# Events whose first argument says what is done
+PARTICULAR = "launch", "open", "tab", "focus", "ask", "flip", "choose", "clear"
 
 def next_step(
     phone:SimPhone, # now
@@ -104,6 +109,7 @@ def next_step(
     detail = [event[1]] if event[0] in PARTICULAR and len(event) > 1 and isinstance(event[1], str) else []
     return " ".join([kind]*(kind != "tap") + [event[0], *detail])
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-015s
 def page_on_top(
     phone:SimPhone # now
 ) -> str: # e.g. "clock, alarms"
@@ -123,12 +129,15 @@ def wrong_ways(
 ) -> list: # of functions (phone, task) -> `Action`
     "What may be done in the place of the right thing."
     kind, what = next_move(phone, task)
-    if kind == "type": return [_half, touch("enter key"), *[always(A.type_text(v)) for v in said(task) if v != what][:1]]
+    if kind == "type":
+        other = [always(A.type_text(v)) for v in said(task) if v != what][:1]
+        return [_half, touch("enter key"), *other]
     right = phone.screen().target(what) if kind == "tap" else None
     others = {e.role for e in phone.elements() if e.clickable and e.role} - {"keyboard key", right and right.role}
     ways = [touch(role) for role in sorted(others)] + [SCROLL]*(kind != "scroll") + [HOME]*(what != "home")
     return ways or [always(A.press("back"))]
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-018s
 def any_habit(
     phone:SimPhone, # now
     task:T.Task # what is asked for
@@ -167,6 +176,7 @@ def carry_over(
 # %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-021
 GENERAL = Curriculum("general", training_tasks, general_words, copy_value, next_step, any_habit, rename, 2200)
 
+# %% ../../nbs/workshop/82a_general_lessons.ipynb #82a-021s
 VLMS["general-vlm"] = BaseVLMConfig("general", vocabulary=2000, screens=16000, sight_steps=1600, steps=600)
 
 def _experienced(out, seed):
@@ -174,4 +184,5 @@ def _experienced(out, seed):
     return carry_over(AutoUIPolicy.from_pretrained(model_path("tiny-autoui")), untaught)
 
 AGENTS["general-autoui"] = Pupil(_experienced, "An Auto-UI for all apps", BasePolicyConfig(
-    demos=4000, habit=.6, steps=7000, batch=64, copying=.2, pointing=.15, opening=.15, attention=1.), GENERAL, "general-vlm")
+    demos=4000, habit=.6, steps=7000, batch=64, copying=.2, pointing=.15, opening=.15, attention=1.
+), GENERAL, "general-vlm")
