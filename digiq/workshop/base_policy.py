@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'WEBSHOP', 'PHRASES', 'VLM_LESSONS',
            'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
-           'words_to_know', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing', 'habit',
-           'relabel', 'Curriculum', 'Step', 'demonstrate', 'join_tokens', 'untaught_vlm', 'goals_by_icon',
-           'open_example', 'Lessons', 'untaught_autoui', 'standardised', 'attention_loss', 'teach', 'plot_losses',
-           'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy', 'measure_steps']
+           'words_to_know', 'middle', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing',
+           'habit', 'Step', 'relabel', 'Curriculum', 'demonstrate', 'join_tokens', 'untaught_vlm', 'goals_by_icon',
+           'open_example', 'read_example', 'Lessons', 'untaught_autoui', 'standardised', 'attention_loss', 'teach',
+           'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy',
+           'measure_steps']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
 import re
@@ -40,8 +41,8 @@ from ..vlm.finetuning import cosine
 from ..vlm.policies import load_policy
 from ..vlm.policy import VLMPolicy, VLMPolicyConfig
 from ..vlm.representation import VLM
-from .base_vlm import (BaseVLMConfig, gather, matrix_optimizer, name_at, named, pointing_accuracy, pretrain,
-                                     quiz_accuracy, random_action, typeable)
+from .base_vlm import (BaseVLMConfig, gather, holds, legible, matrix_optimizer, name_at, named,
+                                     pointing_accuracy, pretrain, quiz_accuracy, random_action, reading_accuracy, sought, typeable)
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-006
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class BasePolicyConfig:
     copying: float = 0.15     # share of a minibatch that is about copying, text alone; .5 at the start
     pointing: float = 0.3     # share of the rest that is about pointing
     opening: float = 0.       # share of the rest that is about which app a goal needs
+    reading: float = 0.       # share of the rest that is about finding words
     attention: float = 0.     # weight of the loss that says where an Auto-UI has to look; its features are then standardised
     relabel: float = 0.8      # share of demonstrated steps whose shop and query are replaced by made-up ones
     lr: float = 2e-3          # AdamW's, for embeddings, norms and biases
@@ -110,7 +112,10 @@ def words_to_know(
     return [" ".join(words), ",".join(words), ",".join(parts)]*50 + frames*14
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-016
-def _middle(box): # a tap in it
+def middle(
+    box:tuple # (y0, x0, y1, x1), 0..1
+) -> A.Action:
+    "A tap in it"
     y0, x0, y1, x1 = box
     return A.tap((y0 + y1)/2, (x0 + x1)/2)
 
@@ -123,8 +128,8 @@ def point_example(
     names = sorted({n for n, _ in elements})
     p = np.array([weight[n] for n in names])
     name = names[rng.choice(len(names), p=p/p.sum())]
-    middle = _middle(min(box for n, box in elements if n == name))
-    return prompt(f"Tap the {name}", any_history(rng)), A.render(on_grid(middle))
+    first = min(box for n, box in elements if n == name)
+    return prompt(f"Tap the {name}", any_history(rng)), A.render(on_grid(middle(first)))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-019
 NEXT = { # what a tap is for: what should come next, in words
@@ -175,7 +180,7 @@ def touch(
     "A tap on some element"
     def act(phone, task):
         boxes = sorted(e.box for e in phone.elements() if e.role == role and e.clickable)
-        return _middle(boxes[min(rank, len(boxes) - 1)]) if boxes else None
+        return middle(boxes[min(rank, len(boxes) - 1)]) if boxes else None
     return act
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-020c
@@ -223,18 +228,31 @@ def habit(
     found = [act(phone, task) for act in wrong[first % len(wrong):] + wrong[:first % len(wrong)]]
     return next((a for a in found if a is not None), A.press("back"))
 
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-024
+@dataclass
+class Step:
+    "A demonstrated step"
+    task:T.Task # what is attempted
+    prompt:str # what the agent reads
+    seen:np.ndarray # the screen, as the agent's `see` gives it; of one screen
+    elements:list # (name, box) of what is on it
+    texts:list # (words, box) of what is written on it
+    right:str # the oracle's action
+    wrong:str # the habit's, or ""
+    coming:str # what should come next
+
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-026
 def relabel(
-    task:T.Task, # what was demonstrated
-    prompt:str, # what the agent reads
-    action:str, # what it shall write
+    step:Step, # demonstrated
+    action:str, # what it teaches to write
     rng:np.random.Generator # draws words
 ) -> tuple[str, str]: # prompt and action of another task
     "Replace the shop and the query"
-    site, query = made_up_site(rng), made_up_query(rng)
-    new = {task.site: site, f'"{task.site[:-4]}"': f'"{site[:-4]}"'}
-    if task.query: new = {task.query: query, f'"{task.query.split()[0]}"': f'"{query.split()[0]}"', **new}
-    for old, other in new.items(): prompt, action = prompt.replace(old, other), action.replace(old, other)
+    site, query, old = made_up_site(rng), made_up_query(rng), step.task
+    new = {old.site: site, f'"{old.site[:-4]}"': f'"{site[:-4]}"'}
+    if old.query: new = {old.query: query, f'"{old.query.split()[0]}"': f'"{query.split()[0]}"', **new}
+    prompt = step.prompt
+    for word, other in new.items(): prompt, action = prompt.replace(word, other), action.replace(word, other)
     return prompt, action
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-c02
@@ -247,22 +265,10 @@ class Curriculum:
     copy:Callable # (generator, share of words that do not exist) -> prompt and action string
     coming:Callable # (phone, task) -> what should come next, in words
     habit:Callable # (phone, task) -> the wrong thing that is usually done, or None
-    relabel:Callable # (task, prompt, action, generator) -> prompt and action of another task
+    relabel:Callable # (step, action, generator) -> prompt and action of another task
     tokens:int=1100 # of a tokenizer made from the words, at most
 
 WEBSHOP = Curriculum("webshop", lambda: T.load("webshop", "train"), words_to_know, copy_example, coming, habit, relabel)
-
-# %% ../../nbs/workshop/82_base_policy.ipynb #46-024
-@dataclass
-class Step:
-    "A demonstrated step"
-    task:T.Task # what is attempted
-    prompt:str # what the agent reads
-    seen:np.ndarray # the screen, as the agent's `see` gives it; of one screen
-    elements:list # (name, box) of what is on it
-    right:str # the oracle's action
-    wrong:str # the habit's, or ""
-    coming:str # what should come next
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-024b
 def demonstrate(
@@ -295,7 +301,7 @@ def _episode(lessons, tasks, cfg, policy, seed, i):
         right, wrong, elements = oracle(phone, task), lessons.habit(phone, task), phone.elements()
         written = [A.render(on_grid(a)) if a else "" for a in (right, wrong)]
         asked, seen, before = prompt(now["goal"], now["previous"]), policy.see([env.screen], [before]), env.screen
-        yield Step(task, asked, seen, named(elements), *written, lessons.coming(phone, task))
+        yield Step(task, asked, seen, named(elements), legible(elements), *written, lessons.coming(phone, task))
         action = wrong if wrong and rng.random() < cfg.habit else right
         if rng.random() < slips: action = random_action(elements, rng, words)
         now, *_ = env.step(A.render(on_grid(action)))
@@ -354,7 +360,18 @@ def open_example(
     "A goal, and a tap on the app that it needs"
     name, box = (shown := [(n, b) for n, b in elements if n in goals])[rng.integers(len(shown))]
     goal = goals[name][rng.integers(len(goals[name]))]
-    return prompt(goal, any_history(rng)), A.render(on_grid(_middle(box)))
+    return prompt(goal, any_history(rng)), A.render(on_grid(middle(box)))
+
+# %% ../../nbs/workshop/82_base_policy.ipynb #46-r02
+def read_example(
+    texts:list[tuple], # (words, box) on a screen
+    often:dict, # how often each word is on screens; rare ones are asked for more often
+    rng:np.random.Generator # draws
+) -> tuple[str, str]: # prompt and action string
+    "Tap something by what is written on it; of several the first"
+    (words, _), = sought(texts, 1, often, rng, 1)
+    box = min(box for text, box in texts if holds(text, tuple(words.split(" "))))
+    return prompt(f"Tap “{words}”", any_history(rng)), A.render(on_grid(middle(box)))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029j
 def _evened(kinds): # a probability for each, such that each kind has the square root of its frequency
@@ -364,7 +381,7 @@ def _evened(kinds): # a probability for each, such that each kind has the square
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029c
 class Lessons:
-    "Draws minibatches of copying, pointing, opening and imitating"
+    "Draws minibatches of all lessons"
     def __init__(self,
         steps:list[Step], # demonstrations
         blank:np.ndarray, # a blank screen, as the agent's `see` gives it
@@ -377,27 +394,32 @@ class Lessons:
         self.launchers = np.flatnonzero([any(n in self.goals for n, _ in s.elements) for s in steps])
         on_screens = Counter(name for s in steps for name in {n for n, _ in s.elements})
         self.weight = {name: k**-.4 for name, k in on_screens.items()}
+        self.written = np.flatnonzero([bool(s.texts) for s in steps])
+        self.often = Counter(word for s in steps for words, _ in s.texts for word in words)
 
     def __call__(self,
         done:float, # share of the training that is over, 0..1
         rng:np.random.Generator # draws
     ) -> tuple[list[str], np.ndarray, list[str]]: # prompts, rows as `see` gives them, and actions: for `log_prob`
         "A minibatch"
-        copies, points, opens, demos = self._shares(done, rng)
+        copies, points, opens, reads, demos = self._shares(done, rng)
         texts = [self.lessons.copy(rng, min(.6, .1 + done)) for _ in range(copies)]
         texts += [point_example(self.steps[i].elements, self.weight, rng) for i in points]
         texts += [open_example(self.steps[i].elements, self.goals, rng) for i in opens]
+        texts += [read_example(self.steps[i].texts, self.often, rng) for i in reads]
         asked, answers = zip(*texts, *(self.imitate(self.steps[i], rng) for i in demos))
-        return asked, np.concatenate([self.blank]*copies + [self.steps[i].seen for i in (*points, *opens, *demos)]), answers
+        seen = [self.steps[i].seen for i in (*points, *opens, *reads, *demos)]
+        return asked, np.concatenate([self.blank]*copies + seen), answers
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029e
 @patch
-def _shares(self:Lessons, done, rng): # how many to copy; the steps to point on, to open an app on, to imitate
+def _shares(self:Lessons, done, rng): # how many to copy; the steps to point on, to open an app on, to read on, to imitate
     copies = int(self.cfg.batch*max(self.cfg.copying, .5 - done))
     rest = self.cfg.batch - copies
     points = rng.choice(self.pointable, int(self.cfg.pointing*rest))
     opens = rng.choice(self.launchers, int(self.cfg.opening*rest)*(len(self.launchers) > 0))
-    return copies, points, opens, rng.choice(len(self.steps), rest - len(points) - len(opens), p=self.p)
+    reads = rng.choice(self.written, int(self.cfg.reading*rest)) if self.cfg.reading else []
+    return copies, points, opens, reads, rng.choice(len(self.steps), rest - len(points) - len(opens) - len(reads), p=self.p)
 
 @patch
 def imitate(self:Lessons,
@@ -406,7 +428,7 @@ def imitate(self:Lessons,
 ) -> tuple[str, str]: # prompt and action string
     "What the demonstrator does, often the wrong thing, and often under other names"
     action = step.wrong if step.wrong and rng.random() < self.cfg.habit else step.right
-    if rng.random() < self.cfg.relabel: return self.lessons.relabel(step.task, step.prompt, action, rng)
+    if rng.random() < self.cfg.relabel: return self.lessons.relabel(step, action, rng)
     return step.prompt, action
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-030
@@ -561,14 +583,17 @@ def ship_vlm(
     name:str, # of the VLM
     cfg:BaseVLMConfig, # how it is made
     seed:int=0 # of everything
-) -> dict: # share of right answers by kind of question; `centre`, of places found by the tower alone
+) -> dict: # share of right answers by kind of question; `centre`, of places found by the tower alone; `read`, of words
     "Make the tiny VLM, write it, and measure it on screens of other episodes; one that is there is kept"
     path = Path(out)/name
     if (path/"README.md").exists(): return card_figures(path)
     screens, held_out = gather(cfg.screens, cfg, seed), gather(600, cfg, seed + 1)
-    vlm, sight, _ = pretrain(screens, cfg, seed)
+    vlm, sight, reader, _ = pretrain(screens, cfg, seed)
     quality = quiz_accuracy(vlm, held_out, sorted({n for e in screens.elements for n, _ in e} | {"background"}))
     quality["centre"] = float(np.mean(list(pointing_accuracy(vlm, sight, held_out).values())))
+    if cfg.reading:
+        told = gather(600, cfg, seed + 1, True)
+        quality |= {f"read{what}": reading_accuracy(vlm, reader, s) for what, s in (("", held_out), (" made-up words", told))}
     vlm.model.half(); vlm.save(path)
     what = "A real LLaVA of 1.5 million parameters that names what is on a screen of digiq's built-in phone."
     write_card(path, what, cfg.task_set, cfg, quality)
