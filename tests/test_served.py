@@ -150,15 +150,17 @@ def of_server(folder):
 
 
 @inside
-def test_a_server_that_dies_is_named(tmp_path):
-    here = VLMPolicy(vlm_for("qwen"), VLMPolicyConfig(max_new_tokens=900, **HOW["qwen"])) # answers that take a while
-    with at_vllm(here, tmp_path, tries=2, longest_wait=.2) as server:
-        running = of_server(tmp_path)
-        threading.Timer(3, lambda: [os.kill(pid, signal.SIGKILL) for pid in running]).start()
-        served = ServedPolicy.from_pretrained(tmp_path/"policy", server)
-        with pytest.raises(DigiqError, match=f"{server.url} did not answer.*2 times: see whether the server runs"):
-            for _ in range(100): served.sample(GOALS, here.see(noise(0, 1)), n=8)
-    assert len(running) > 2 and not of_server(tmp_path)
+@pytest.mark.parametrize("both", ["qwen"], indirect=True)
+def test_a_server_that_dies_is_named(both):
+    "The last test of this server: it takes it away."
+    here, served, folder = both
+    running = of_server(folder)
+    threading.Timer(3, lambda: [os.kill(pid, signal.SIGKILL) for pid in running]).start()
+    long_answers = replace(served.cfg, max_new_tokens=900) # they take a while
+    impatient = ServedPolicy(served.vlm.processor, long_answers, replace(served.server, tries=2, longest_wait=.2))
+    with pytest.raises(DigiqError, match=f"{served.server.url} did not answer.*2 times: see whether the server runs"):
+        for _ in range(100): impatient.sample(GOALS, here.see(noise(0, 1)), n=8)
+    assert len(running) > 2 and not set(running) & set(of_server(folder))
 
 
 @inside
