@@ -1,5 +1,6 @@
 "The notebooks under nbs/ and what the tests ask about them."
 import ast, re
+from functools import cache, partial
 from pathlib import Path
 
 import nbformat
@@ -22,9 +23,12 @@ def number(path):
     return int(digits), letter
 
 
+read = cache(partial(nbformat.read, as_version=4)) # many tests ask
+
+
 def cells(path, kind="code"):
     "The cells of one kind, in order."
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+    return [cell for cell in read(path).cells if cell.cell_type == kind]
 
 
 def module(path):

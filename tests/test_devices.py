@@ -3,7 +3,6 @@ import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
-from itertools import combinations
 from pathlib import Path
 
 import papermill
@@ -97,7 +96,10 @@ def started(avd, port, **settings):
     with Emulators(EmulatorSettings(avd, count=1, port=port, restarts=0, **settings), kvm="/dev/null") as found: yield found
 
 
-@pytest.mark.parametrize("some", [some for n in range(1, 5) for some in combinations(("displays", "landscape", "no_keyboard", "no_shell_v2"), n)], ids=".".join)
+TRAITS = "displays", "landscape", "no_keyboard", "no_shell_v2" # each combination of them, over adb alone: tests/test_phones.py
+
+
+@pytest.mark.parametrize("some", [TRAITS, *((trait,) for trait in TRAITS)], ids=".".join)
 def test_emulators_of_every_kind_keep_the_contract(sdk, some):
     with started(".".join(some), 5640) as found:
         device = found.device(found.emulators[0], AdbSettings(settle=0))

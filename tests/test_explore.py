@@ -1,4 +1,4 @@
-"The explorers: in a real browser, in Voila and in JupyterLab; on a run that is being written; over adb. $DIGIQ_SCREENSHOTS is where pictures and times go, $DIGIQ_RUN a run in the place of a small one."
+"The explorers: in a real browser, in Voila and in JupyterLab; on a run that is being written; over adb. $DIGIQ_SCREENSHOTS is where pictures and times go, $DIGIQ_RUN a run of the smoke preset, if there is one."
 import asyncio, json, os, secrets, shutil, signal, socket, subprocess, sys, time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -29,9 +29,9 @@ HOSTILE = "<img src=x onerror='window.hacked=1'>"
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory):
-    "A small run with everything, made once. Its name is hostile, too."
-    if os.environ.get("DIGIQ_RUN"): return Path(os.environ["DIGIQ_RUN"])
+    "A small run with everything, made once, or a copy of one that is there. Its name is hostile, too."
     path = tmp_path_factory.mktemp("explore")/"a run <b>'\" #1"
+    if os.environ.get("DIGIQ_RUN"): return Path(shutil.copytree(os.environ["DIGIQ_RUN"], path))
     lab = open_run(path, load_preset("smoke"))
     lab.collect(), lab.featurise(), lab.propose(), lab.finetune(), lab.embed(), lab.train_critic(), lab.score()
     for agent in ("behaviour", "behaviour_rerank"): lab.evaluate(agent)
@@ -274,9 +274,10 @@ other.proposed = lambda *where: [*map(render, many)]
 ActionExplorer(other, set=[s for s in other.sets() if s.startswith("evaluations")][0])"""
 
 
-async def run_notebook(url, view, name, width):
+async def run_notebook(url, view):
+    "The first explorers on a wide page in dark colours, the others on a narrow one in light colours."
     e = long_pair(view)
-    async with show(url, name, width) as it:
+    async with show(url, "dark-1600", 1600) as it:
         page = it.page
         await page.wait_for_selector(".jp-Notebook .jp-Cell")
         await page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'") # before that, it runs nothing
@@ -293,6 +294,11 @@ async def run_notebook(url, view, name, width):
         await trajectory(it, view, e)
         await actions(it, view, e + 1)
         await field(it, view, e + 1)
+        await it.picture("jupyterlab")
+        it.name, it.times = "light-900", {}
+        await page.set_viewport_size(dict(width=900, height=1000))
+        await page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+        await page.wait_for_selector("body[data-jp-theme-light=true]")
         await live(it, view)
         await compare(it)
         await diagnostics(it)
@@ -300,8 +306,7 @@ async def run_notebook(url, view, name, width):
 
 
 @in_browser
-@pytest.mark.parametrize("theme, width", [("dark", 1600), ("light", 900)])
-def test_jupyterlab(run_dir, tmp_path, theme, width):
+def test_jupyterlab(run_dir, tmp_path):
     "nbs/explore.ipynb, all cells, and one of 64 candidates: the explorers follow each other, and JupyterLab's own keys stay out."
     nb = nbformat.read(root/"nbs"/"explore.ipynb", 4)
     cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
@@ -310,7 +315,7 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
     for c in nb.cells:
         if c.cell_type == "code": c.outputs = []
     nbformat.write(nb, tmp_path/"explore.ipynb")
-    for name, value in {"apputils-extension/themes": dict(theme=f"JupyterLab {theme.title()}"), "notebook-extension/tracker": dict(windowingMode="none")}.items(): # cells that are out of sight are drawn, too
+    for name, value in {"apputils-extension/themes": dict(theme="JupyterLab Dark"), "notebook-extension/tracker": dict(windowingMode="none")}.items(): # cells that are out of sight are drawn, too
         file = tmp_path/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(value))
@@ -318,7 +323,7 @@ def test_jupyterlab(run_dir, tmp_path, theme, width):
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}",
         f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]
     with server(command, tmp_path/"log", cwd=tmp_path):
-        asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}", RunView(run_dir), f"{theme}-{width}", width))
+        asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}", RunView(run_dir)))
 
 
 def test_a_run_that_is_being_written(tmp_path):

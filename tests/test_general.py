@@ -1,8 +1,8 @@
 """Over all apps and templates that are registered: solved, judged, refused; screens, states and copies of users without a plan.
 
-Every chapter checks its own templates, so this draws some of them; DIGIQ_WHOLE=1 takes all, with 200 users each, and a million
-actions of the monkey."""
-import json, os, random
+Every chapter checks its own templates; DIGIQ_WHOLE=1 checks them again, with 200 users each, and takes a million actions of the
+monkey."""
+import json, os, random, re
 from itertools import islice
 
 import pytest
@@ -14,6 +14,7 @@ from digiq.phone.device import diff
 from digiq.phone.general import SIZES, check_template, monkey, solve, tasks, wander
 from digiq.phone.templates import beginning, changes, templates
 from digiq.tasks import load
+from notebooks import cells, library
 
 WHOLE = "DIGIQ_WHOLE" in os.environ
 USERS, STEPS = 400 if WHOLE else 40, 25 # episodes of users without a plan, and their steps
@@ -38,8 +39,14 @@ def wandering(seed, disturbance=1.):
             else: wander(phone, rng)
 
 
-@pytest.mark.parametrize("template", some(templates(), 30), ids=lambda t: t.name)
-def test_template(template): check_template(template.name, users=200 if WHOLE else 20)
+def test_every_template_is_checked_by_a_chapter():
+    checked = re.findall(r'check_template\("(.+?)"\)', "\n".join(cell.source for path in library for cell in cells(path)))
+    assert {t.name for t in templates()} <= set(checked)
+
+
+@pytest.mark.skipif(not WHOLE, reason="takes long: DIGIQ_WHOLE=1")
+@pytest.mark.parametrize("template", templates(), ids=lambda t: t.name)
+def test_template(template): check_template(template.name, users=200)
 
 
 @pytest.mark.parametrize("split", SIZES)

@@ -24,8 +24,7 @@ PY
 )
 # screens are made smaller on both sides, and versions of Pillow differ in the last digits of that
 pillow=$("${PYTHON:-python3}" -c 'from importlib.metadata import version; print("pillow==" + version("pillow"))' 2>/dev/null || echo pillow)
-"$pip" install "${requirements[@]}" "$pillow" "$here[lora]"
-"$pip" install pytest # tests/test_served.py runs in here
+"$pip" install "${requirements[@]}" "$pillow" "$here[lora]" pytest # tests/test_served.py runs in here
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "import torchvision_schemas" > "$site/torchvision_schemas.pth" # some systems have a sitecustomize of their own, a .pth is always read
 cat > "$site/torchvision_schemas.py" <<'PY'

@@ -6,10 +6,10 @@
 __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', 'HABITS', 'WEBSHOP', 'PHRASES', 'VLM_LESSONS',
            'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'middle', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing',
-           'habit', 'Step', 'relabel', 'Curriculum', 'demonstrate', 'join_tokens', 'untaught_vlm', 'goals_by_icon',
-           'open_example', 'read_example', 'Lessons', 'untaught_autoui', 'standardised', 'attention_loss', 'teach',
-           'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil', 'ship_policy', 'measure_policy',
-           'measure_steps']
+           'habit', 'Step', 'relabel', 'quoted', 'Curriculum', 'demonstrate', 'join_tokens', 'untaught_vlm',
+           'goals_by_icon', 'open_example', 'read_example', 'Lessons', 'untaught_autoui', 'standardised',
+           'attention_loss', 'teach', 'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil',
+           'ship_policy', 'measure_policy', 'measure_steps']
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-003
 import re
@@ -256,6 +256,13 @@ def relabel(
     return prompt, action
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-c02
+def quoted(
+    words:str, # on a screen
+    rng:np.random.Generator # draws nothing
+) -> str: # a goal
+    "Tap something by what is written on it"
+    return f"Tap “{words}”"
+
 @dataclass(frozen=True)
 class Curriculum:
     "What the lessons take from a set of tasks"
@@ -266,6 +273,7 @@ class Curriculum:
     coming:Callable # (phone, task) -> what should come next, in words
     habit:Callable # (phone, task) -> the wrong thing that is usually done, or None
     relabel:Callable # (step, action, generator) -> prompt and action of another task
+    naming:Callable=quoted # (words on a screen, generator) -> a goal that names them
     tokens:int=1100 # of a tokenizer made from the words, at most
 
 WEBSHOP = Curriculum("webshop", lambda: T.load("webshop", "train"), words_to_know, copy_example, coming, habit, relabel)
@@ -366,12 +374,13 @@ def open_example(
 def read_example(
     texts:list[tuple], # (words, box) on a screen
     often:dict, # how often each word is on screens; rare ones are asked for more often
-    rng:np.random.Generator # draws
+    rng:np.random.Generator, # draws
+    naming:Callable=quoted # (words, generator) -> a goal that names them
 ) -> tuple[str, str]: # prompt and action string
-    "Tap something by what is written on it; of several the first"
+    "A goal that names something written on the screen, and a tap on it; of several on the first"
     (words, _), = sought(texts, 1, often, rng, 1)
     box = min(box for text, box in texts if holds(text, tuple(words.split(" "))))
-    return prompt(f"Tap “{words}”", any_history(rng)), A.render(on_grid(middle(box)))
+    return prompt(naming(words, rng), any_history(rng)), A.render(on_grid(middle(box)))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-029j
 def _evened(kinds): # a probability for each, such that each kind has the square root of its frequency
@@ -406,7 +415,7 @@ class Lessons:
         texts = [self.lessons.copy(rng, min(.6, .1 + done)) for _ in range(copies)]
         texts += [point_example(self.steps[i].elements, self.weight, rng) for i in points]
         texts += [open_example(self.steps[i].elements, self.goals, rng) for i in opens]
-        texts += [read_example(self.steps[i].texts, self.often, rng) for i in reads]
+        texts += [read_example(self.steps[i].texts, self.often, rng, self.lessons.naming) for i in reads]
         asked, answers = zip(*texts, *(self.imitate(self.steps[i], rng) for i in demos))
         seen = [self.steps[i].seen for i in (*points, *opens, *reads, *demos)]
         return asked, np.concatenate([self.blank]*copies + seen), answers
