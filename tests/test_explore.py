@@ -105,7 +105,10 @@ async def show(url, name, width=1300, height=1000):
         for _ in range(240):
             try: await page.goto(url); break
             except Exception: await asyncio.sleep(.5)
-        yield it
+        try: yield it
+        except Exception:
+            await it.picture("failed")
+            raise
         print(name, json.dumps(it.times, indent=1))
         assert not it.outside, it.outside
         assert not await page.evaluate("window.hacked"), "text was read as HTML"
@@ -136,6 +139,8 @@ async def trajectory(it, view, e):
     assert await part.locator(".frame").count() == len(view.steps("episodes", e))
     chosen = lambda k: f"e.querySelectorAll('.frame')[{k}].getAttribute('aria-current') === 'true'"
     await it.took("Trajectory explorer: choose a step", part.locator(".frame:nth-child(2)").click(delay=PRESSED), chosen(1))
+    await it.until("Trajectory explorer: value of the step", f"e.querySelectorAll('.facts b')[1].innerText === '{fixed(view.values('episodes', e)[1][1])}'")
+    if await it.part("Action explorer").count(): await it.until("Action explorer: follows", f"e.querySelector('[data-state]').dataset.state === '{e}/1'") # what follows before that may be undone
     await it.took("Trajectory explorer: next step by key", it.page.keyboard.press("ArrowRight"), chosen(2))
     v = view.values("episodes", e)[1][2]
     await it.until("Trajectory explorer: value of the next step", f"e.querySelectorAll('.facts b')[1].innerText === '{fixed(v)}'")
@@ -291,6 +296,7 @@ async def run_notebook(url, view):
         assert found == ["Trajectory explorer", "Action explorer", "Field of Q", "Live phone", "Compare agents", "Diagnostics", "Action explorer"]
         assert await it.part("Action explorer").nth(1).locator("tbody tr").count() == 64
         for drawn in (".dq[aria-label='Field of Q'] [data-done=true]", ".dq[aria-label='Diagnostics'] img"): await page.wait_for_selector(drawn, state="attached") # it has come to rest
+        await page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
         await trajectory(it, view, e)
         await actions(it, view, e + 1)
         await field(it, view, e + 1)
@@ -298,7 +304,7 @@ async def run_notebook(url, view):
         it.name, it.times = "light-900", {}
         await page.set_viewport_size(dict(width=900, height=1000))
         await page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
-        await page.wait_for_selector("body[data-jp-theme-light=true]")
+        await page.wait_for_selector("body[data-jp-theme-light=true]", state="attached")
         await live(it, view)
         await compare(it)
         await diagnostics(it)
@@ -315,13 +321,14 @@ def test_jupyterlab(run_dir, tmp_path):
     for c in nb.cells:
         if c.cell_type == "code": c.outputs = []
     nbformat.write(nb, tmp_path/"explore.ipynb")
-    for name, value in {"apputils-extension/themes": dict(theme="JupyterLab Dark"), "notebook-extension/tracker": dict(windowingMode="none")}.items(): # cells that are out of sight are drawn, too
+    for name, value in {"apputils-extension/themes": dict(theme="JupyterLab Dark"), "apputils-extension/notification": dict(fetchNews="false"), "notebook-extension/tracker": dict(windowingMode="none")}.items(): # cells that are out of sight are drawn, too
         file = tmp_path/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
     number, token = port(), secrets.token_urlsafe()
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={number}", f"--IdentityProvider.token={token}",
-        f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={tmp_path/'settings'}"]
+        f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={tmp_path/'settings'}",
+        f"--LabApp.workspaces_dir={tmp_path/'workspaces'}"] # or it opens as it was left, in a window of another width
     with server(command, tmp_path/"log", cwd=tmp_path):
         asyncio.run(run_notebook(f"http://127.0.0.1:{number}/lab/tree/explore.ipynb?token={token}", RunView(run_dir)))
 
