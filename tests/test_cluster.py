@@ -26,7 +26,7 @@ def test_in_a_network_of_its_own(tmp_path):
     "All other tests of this file, where there is no address but loopback."
     try: subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError): pytest.skip("this machine lends no network namespaces")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | dict(DIGIQ_TEST_NETWORK="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0",
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | dict(DIGIQ_TEST_NETWORK="1", OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0",
         RAY_gcs_rpc_server_reconnect_timeout_s="3", RAY_health_check_timeout_ms="60000", RAY_health_check_failure_threshold="2") # a busy node is not taken for a dead one
     script = 'ip link set lo up && cd "$1" && mkdir small && mount -t tmpfs -o size=64k none small && exec "$2" -m pytest -q -n 0 -p no:cacheprovider --basetemp "$1/inside" "$3"'
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", str(tmp_path), sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)

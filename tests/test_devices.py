@@ -79,7 +79,6 @@ def sdk(tmp_path, monkeypatch):
     program.write_text(f"#!{sys.executable}\n" + Path(__file__).with_name("emulator.py").read_text())
     program.chmod(0o755)
     monkeypatch.setenv("ANDROID_HOME", str(tmp_path/"sdk"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setattr(emulator, "check_kvm", lambda path: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with adb_server(adb): yield program

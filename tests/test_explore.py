@@ -47,7 +47,7 @@ def port():
 @contextmanager
 def server(command, log, **kwargs):
     with open(log, "w") as f:
-        process = subprocess.Popen(command, stdout=f, stderr=f, start_new_session=True, env=dict(os.environ, PYTHONPATH=str(root)), **kwargs)
+        process = subprocess.Popen(command, stdout=f, stderr=f, start_new_session=True, **kwargs)
         try: yield process
         finally:
             os.killpg(process.pid, signal.SIGTERM)
@@ -336,7 +336,7 @@ def test_jupyterlab(run_dir, tmp_path):
 def test_a_run_that_is_being_written(tmp_path):
     "An explorer opens as soon as there is an episode, says what is missing, and finds the rest later."
     make = "import sys; from digiq.runs import load_preset, open_run; lab = open_run(sys.argv[1], load_preset('smoke', collection=dict(shard=8))); lab.collect(); lab.featurise(); lab.propose(); lab.finetune()"
-    writer = subprocess.Popen([sys.executable, "-c", make, str(tmp_path/"run")], env=dict(os.environ, PYTHONPATH=str(root)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    writer = subprocess.Popen([sys.executable, "-c", make, str(tmp_path/"run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not any((tmp_path/"run"/"episodes").glob("00000*.parquet")): # two processes write: the second shard may come first
             assert writer.poll() is None

@@ -1,5 +1,5 @@
 "Pickles that would like to run something, a page of traces in a browser, and exports that are killed."
-import gzip, json, os, pickle, random, shutil, signal, zlib
+import gzip, json, os, pickle, random, shutil, signal
 from functools import partial
 from multiprocessing import get_context
 

@@ -53,7 +53,7 @@ except DigiqError as e: sys.exit(str(e))
 
 
 def start(folder, pause):
-    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause)], cwd=root, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
+    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause)], cwd=root, stderr=subprocess.PIPE, text=True)
 
 
 def check(store, tasks, episodes):

@@ -100,7 +100,7 @@ def pushed(tmp_path_factory):
         hub.repos["model", "me/pickles"] = dict(private=False, files=model | {"pytorch_model.bin": b"a pickle"}, commit="0"*40)
         hub.repos["model", "me/private"] = dict(private=True, files={}, commit="1"*40)
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | dict(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(folder/"cache"), HF_HUB_DISABLE_XET="1",
-            HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONPATH=str(root), NO_PROXY="127.0.0.1")
+            HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1")
         done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], env=env, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert TOKEN not in done.stdout + done.stderr

@@ -13,8 +13,8 @@ from digiq.play import adbd
 from digiq.play.adb import ADB_KEYBOARD, AdbDevice, AdbSettings, Refused, ask_phone, complaint, find_devices, read_picture, read_rotation
 from digiq.play.adbd import Adbd, adb_server
 from digiq.play.android import COMMANDS, DISPLAYS, Android, ShellError, Traits, block
-from digiq.play.pool import DeviceSettings, as_listed, open_devices
-from digiq.env import DeviceEnv, DeviceError, Unsupported, check_device
+from digiq.play.pool import as_listed, open_devices
+from digiq.env import DeviceEnv, DeviceError, check_device
 from digiq.phone import SimPhone
 from digiq.runs import device_settings, load_preset
 from digiq.tasks import load

@@ -26,10 +26,9 @@ forks.set_forkserver_preload(["standins"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def paths():
-    "What the server of forks needs in order to find its modules."
+def threads():
+    "One thread for each process."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT/"tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
@@ -263,7 +262,7 @@ def test_damaged_file_is_named(models, whole, tmp_path, victim, again):
 
 def test_papermill_shows_the_line(tmp_path):
     command = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"train.ipynb"), str(tmp_path/"out.ipynb"), "-p", "preset", "smok", "-p", "run_dir", str(tmp_path/"run"), "--no-progress-bar"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "ConfigError: there is no preset 'smok': choose" in done.stderr.strip().splitlines()[-1]
 
 

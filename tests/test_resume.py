@@ -1,5 +1,5 @@
 "Processes killed with -9 while they collect: started again, they end with the same files, and leave no other."
-import json, os, random, signal, subprocess, sys, time
+import json, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,7 @@ collect(Run(sys.argv[1]), tasks, Slow(), lambda tasks, horizon: DeviceEnv(Script
 
 def start(folder, pause, workers=1):
     root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause), str(workers)], cwd=root, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONPATH": str(root)}, text=True)
+    return subprocess.Popen([sys.executable, "-c", COLLECT, str(folder), str(pause), str(workers)], cwd=root, stderr=subprocess.PIPE, text=True)
 
 
 def contents(folder):

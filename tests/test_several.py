@@ -21,7 +21,6 @@ from digiq.method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, tiny_tokeniz
 from digiq.vlm.representation import RepresentationConfig
 from digiq.method.training import ActorConfig, Accelerator, Texts, Transitions, fit_critic, fit_policy
 
-ROOT = Path(__file__).resolve().parent.parent
 GOALS = ["Go to velmora.com", "Go to velmora.com, and search for a red lamp", "Open the clock"]
 CRITIC = CriticConfig(text_dim=8, q_hidden=(16,), v_hidden=(16,), dropout=0., state_dropout=0., screen_cells=(1, 1), steps=24, batch=16, lr=1e-2, accumulate=2, v_action="proposal")
 SHARDED = dict(llava={}, adapters=dict(lora=4, recompute=True), qwen=dict(family="qwen"), idefics=dict(family="idefics", recompute=True))
@@ -115,7 +114,7 @@ def processes(work, folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
+    env = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
     processes = [subprocess.Popen([sys.executable, "-c", f"import test_several; test_several.{work}({str(folder)!r})"], env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stderr=subprocess.PIPE, text=True) for i in range(2)]
     for p in processes:
         _, err = p.communicate(timeout=600)

@@ -46,7 +46,7 @@ def until(true, process):
 def test_a_sweep_that_is_killed_goes_on(toy, number):
     runs, hold = toy/"runs", toy/"hold"
     hold.touch()
-    start = lambda: subprocess.Popen([sys.executable, "-c", SWEEPS, "none"], cwd=toy, env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    start = lambda: subprocess.Popen([sys.executable, "-c", SWEEPS, "none"], cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     killed = start()
     until((runs/"seed1"/"stage").exists, killed)
     killed.send_signal(number)
@@ -90,7 +90,7 @@ def test_slurm_example_sweeps(toy):
     (toy/"sweeps.py").write_text(SWEEPS)
     executable(commands/"digiq", f'#!/bin/sh\n[ "$*" = "sweep --cluster auto --seeds 0-1" ] && exec "{sys.executable}" sweeps.py auto\n')
     slurm = dict(SLURM_SUBMIT_DIR=toy, SLURM_JOB_ID=12345, SLURM_JOB_NODELIST="localhost", SLURM_JOB_NUM_NODES=1, SLURM_CPUS_PER_TASK=4)
-    environment = os.environ | {k: str(v) for k, v in slurm.items()} | {"PYTHONPATH": str(root)}
+    environment = os.environ | {k: str(v) for k, v in slurm.items()}
     script = 'ip link set lo up && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"' # where Ray notes which cluster is "auto"
     done = subprocess.run([*ALONE, "sh", "-c", script, "sh", "bash", str(EXAMPLES/"slurm.sh"), "--seeds", "0-1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

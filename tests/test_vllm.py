@@ -14,7 +14,6 @@ from digiq.phone import SimPhone
 from digiq.vlm.representation import VLM, RepresentationConfig
 from digiq.tasks import load
 
-ROOT = Path(__file__).resolve().parent.parent
 there = os.environ.get("DIGIQ_VLLM")
 if not there and os.environ.get("DIGIQ_CI"): raise RuntimeError("DIGIQ_VLLM is not set: build the environment with tools/vllm_env.sh and name it")
 pytestmark = pytest.mark.skipif(not there, reason="DIGIQ_VLLM names no environment with vLLM")
@@ -107,7 +106,7 @@ def folder(tmp_path_factory):
 def run(code, folder, *arguments):
     "Run a program in vLLM's environment."
     (folder/"program.py").write_text(f"SETTINGS = {SETTINGS}\n{code}")
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")} | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")]), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")} | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     done = subprocess.run([f"{there}/bin/python", str(folder/"program.py"), str(folder), *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,6 +1,4 @@
 "A VLM as the agent: the whole pipeline on it, with thoughts, adapters, a longer memory and two screens; a training that goes on where it was cut off."
-import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from digiq.method.extraction import Scores
 from digiq.method.training import ActorConfig, fit_policy
 from digiq.phone import SimPhone, oracle
 from digiq.tasks import load
-from digiq.vlm.policies import load_policy
 from digiq.vlm.policy import VLMPolicy, VLMPolicyConfig
 from digiq.vlm.representation import VLM
 from digiq.workshop.families import random_vlm

@@ -12,7 +12,6 @@ from digiq.data import Shards
 from digiq.env import DeviceEnv, ScriptedDevice
 from digiq.play.rollout import Rollout, collect
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = [SimpleNamespace(id="count-3", goal="Count to 3", level=1)]
 
 
@@ -82,7 +81,7 @@ share([1, 2, 3], int, work, print, 2)
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(tmp_path, sent):
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while len(list(tmp_path.iterdir())) < 2: assert process.poll() is None and time.monotonic() < deadline
     process.send_signal(sent)

@@ -7,7 +7,7 @@ __all__ = ['HELD_OUT', 'NEXT', 'PHRASINGS', 'SCROLL', 'BACK', 'HOME', 'ENTER', '
            'CARD', 'VLMS', 'AGENTS', 'BasePolicyConfig', 'made_up_site', 'made_up_query', 'any_history', 'copy_example',
            'words_to_know', 'middle', 'point_example', 'coming', 'place', 'situation', 'touch', 'always', 'typing',
            'habit', 'Step', 'relabel', 'quoted', 'Curriculum', 'demonstrate', 'join_tokens', 'untaught_vlm',
-           'goals_by_icon', 'open_example', 'read_example', 'Lessons', 'untaught_autoui', 'standardised',
+           'goals_by_icon', 'open_example', 'read_example', 'Lessons', 'untaught_autoui', 'standardised', 'overheard',
            'attention_loss', 'teach', 'plot_losses', 'write_card', 'card_figures', 'but', 'ship_vlm', 'Pupil',
            'ship_policy', 'measure_policy', 'measure_steps']
 
@@ -30,6 +30,7 @@ from transformers import AddedToken
 from .. import actions as A
 from .. import tasks as T
 from ..core import Run, derive_seed, progress, seed_all, share, to_dict
+from ..data import distinct
 from ..env import DeviceEnv, prompt
 from ..method.autoui import AutoUI, AutoUIConfig, AutoUIPolicy, ImageEncoder, on_grid, snap, tiny_tokenizer
 from ..method.policy import Policy
@@ -476,8 +477,19 @@ def standardised(
     finally: weight /= deviation; bias -= weight @ mean
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-l05
+@contextmanager
+def overheard(
+    policy:AutoUIPolicy, # whose text encoder is listened to
+): # of a list: the text states of its last pass, float [distinct prompts, length, d_model]
+    "Meanwhile what the encoder says of prompts is kept until it speaks again"
+    last = []
+    hook = policy.model.encoder.register_forward_hook(lambda _, __, out: last.__setitem__(slice(None), [out.last_hidden_state]))
+    try: yield last
+    finally: hook.remove()
+
 def attention_loss(
     policy:AutoUIPolicy, # whose look is judged
+    states:torch.Tensor, # what its encoder said of the distinct prompts, float [distinct prompts, length, d_model]
     prompts:list[str], # of a minibatch
     seen, # standardised features, float [batch, patches, dim]
     actions:list[str] # answers, one a prompt
@@ -485,11 +497,12 @@ def attention_loss(
     "How little the last token of each prompt attends to the patch that is tapped; 0 where none is"
     taps = [(k, a.touch) for k, a in enumerate(map(A.parse, actions)) if a.is_tap]
     if not taps: return torch.zeros(())
-    which, side = [k for k, _ in taps], round(seen.shape[1]**.5)
+    side = round(seen.shape[1]**.5)
     patch = [int(y*side)*side + int(x*side) for _, (y, x) in taps]
-    ids, mask = policy.encode_prompts([prompts[k] for k in which])
-    h = policy.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    last = h[torch.arange(len(h)), mask.sum(1) - 1][:, None]
+    texts, row = distinct(prompts)
+    ends = policy.encode_prompts(texts)[1].sum(1) - 1
+    which, rows = [k for k, _ in taps], [row[k] for k, _ in taps]
+    last = states[rows, ends[rows]][:, None]
     return F.cross_entropy(policy.model.attention(last, seen[which])[:, 0], torch.tensor(patch, device=policy.device))
 
 # %% ../../nbs/workshop/82_base_policy.ipynb #46-031
@@ -503,7 +516,8 @@ def teach(
     "Make a weak agent of a policy, from training tasks alone"
     steps = demonstrate(lessons, cfg, policy, seed)
     draw = Lessons(steps, policy.see([Image.new("RGB", (270, 600), "white")]), cfg, lessons)
-    with policy.training(), standardised(policy, steps) if cfg.attention else nullcontext(np.asarray) as view:
+    told = cfg.attention > 0
+    with policy.training(), standardised(policy, steps) if told else nullcontext(np.asarray) as view, overheard(policy) if told else nullcontext() as last:
         update, saved = _optimiser(policy, cfg, seed, state)
         done, losses = saved.resume()
         for i in progress(range(done, cfg.steps), total=cfg.steps, initial=done, desc="lessons"):
@@ -511,7 +525,7 @@ def teach(
             example = asked, view(seen), answers
             loss = -policy.log_prob(*example).mean()
             losses.append(loss.item())
-            update(loss + cfg.attention*attention_loss(policy, *example) if cfg.attention else loss)
+            update(loss + cfg.attention*attention_loss(policy, last[0], *example) if told else loss)
             saved.reached(i + 1, losses)
     return losses
 
